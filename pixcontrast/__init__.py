@@ -1,0 +1,22 @@
+"""Pixel-level contrastive learning against a class-wise memory bank, as fused operators for PyTorch.
+
+Data goes one way through it: features and labels, the pixels that take part, projection and prediction heads, the fused
+contrast with the memory, the loss.
+"""
+
+from . import functional
+from .branch import ContrastBranch
+from .heads import ClassSelectors, MLPHead
+from .loss import ContrastStats, PixelContrastLoss
+from .memory import ClassMemory
+
+__all__ = [
+    "ClassMemory",
+    "ClassSelectors",
+    "ContrastBranch",
+    "ContrastStats",
+    "MLPHead",
+    "PixelContrastLoss",
+    "functional",
+]
+__version__ = "0.1.0"

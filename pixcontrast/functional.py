@@ -1,0 +1,173 @@
+"""The operators as functions: arguments checked, one backend chosen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .functions import MemoryMean, Positive
+
+BACKENDS = ("auto", "extension", "reference")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class PositiveOutput(NamedTuple):
+    """Result of :func:`positive_contrast`."""
+
+    loss: Tensor
+    """Scalar in the accumulation dtype (float32, or float64 for float64 features)."""
+    class_loss: Tensor
+    """``[C]``: one minus the weighted mean similarity of each class; 0 where a class takes no part. No gradient."""
+    pixels: Tensor
+    """``[C]`` int64: valid rows of each class."""
+
+
+def uses_extension(backend: str, device: torch.device) -> bool:
+    """Whether ``backend`` means the compiled kernels for tensors on ``device``.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: ``"extension"`` was asked for and there is no kernel.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "reference":
+        return False
+    has_kernel = ops.available() and device.type == "cpu"
+    if backend == "extension" and not has_kernel:
+        reason = f"it did not load: {ops.load_error}" if not ops.available() else f"it has no kernel for {device.type}"
+        raise RuntimeError(
+            f'backend="extension": {reason}. Rebuild with `pip install --no-build-isolation .`, or use backend="auto"'
+        )
+    return has_kernel
+
+
+def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Weighted mean unit row of each class of a memory; see :func:`pixcontrast.reference.memory_mean`.
+
+    Args:
+        queue: ``[C, N, D]``, a constant (no gradient); the first ``counts[c]`` rows of class c are valid.
+        counts: ``[C]`` int64.
+        weights: ``[C, N]`` logits of the rows' weights, with gradient; ``None``: all alike.
+        backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+    Returns:
+        ``[C, D]`` float32 (float64 for a float64 queue).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, named.
+    """
+    _check_float("queue", queue)
+    if queue.dim() != 3:
+        raise ValueError(f"queue must be [C, N, D], got {tuple(queue.shape)}")
+    _check_like("counts", counts, (queue.shape[0],), queue.device)
+    _check_int64("counts", counts)
+    if weights is not None:
+        _check_like("queue_weights", weights, tuple(queue.shape[:2]), queue.device)
+        _check_float("queue_weights", weights)
+        weights = weights.to(reference.accumulation_dtype(queue.dtype))
+    queue = queue.detach()
+    if uses_extension(backend, queue.device):
+        return MemoryMean.apply(queue, counts, weights)
+    return reference.memory_mean(queue, counts, weights)
+
+
+def positive_contrast(
+    features: Tensor,
+    labels: Tensor,
+    queue: Tensor,
+    *,
+    queue_counts: Tensor | None = None,
+    weights: Tensor | None = None,
+    queue_weights: Tensor | None = None,
+    ignore_index: int = 255,
+    loss_weight: float = 1.0,
+    backend: str = "auto",
+) -> PositiveOutput:
+    """Class-wise contrast of pixels with a memory: positives only, both sides weighted (Alonso et al., Eq. 8).
+
+    ``loss = loss_weight / C * sum_c sum_ij w_i v_j (1 - cos(f_i, z_j))`` with ``w``, ``v`` the sigmoid of the logits over
+    their sum within the class. Classes with fewer than two pixels or two memory rows add nothing.
+
+    Args:
+        features: ``[P, D]`` or ``[B, D, H, W]`` (contiguous or channels_last), float32, bfloat16, float16 or float64.
+        labels: ``[P]`` or ``[B, H, W]`` int64, each in ``[0, C)`` or ``ignore_index``.
+        queue: ``[C, N, D]``, a constant.
+        queue_counts: ``[C]`` int64, valid rows of each class, first in the queue; ``None``: all.
+        weights: logits of the pixels' weights in the shape of ``labels``; ``None``: all alike.
+        queue_weights: ``[C, N]`` logits of the memory rows' weights; ``None``: all alike.
+        ignore_index: label of pixels that take no part.
+        loss_weight: factor of the loss.
+        backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+    Returns:
+        :class:`PositiveOutput`. Gradients reach ``features``, ``weights`` and ``queue_weights``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or (on CPU) label values that do not fit, named.
+    """
+    _check_float("features", features)
+    if features.dim() not in (2, 4):
+        raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
+    shape = (features.shape[0], *features.shape[2:])
+    _check_like("labels", labels, shape, features.device)
+    _check_int64("labels", labels)
+    _check_float("queue", queue)
+    if queue.dim() != 3 or queue.shape[2] != features.shape[1]:
+        raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
+    if queue.device != features.device:
+        raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
+    dtype = reference.accumulation_dtype(features.dtype)
+    if weights is not None:
+        _check_like("weights", weights, shape, features.device)
+        _check_float("weights", weights)
+        weights = weights.to(dtype)
+    classes, capacity = queue.shape[:2]
+    if queue_counts is None:
+        queue_counts = torch.full((classes,), capacity, dtype=torch.int64, device=queue.device)
+
+    mean = memory_mean(queue, queue_counts, queue_weights, backend).to(dtype)
+    if uses_extension(backend, features.device):
+        loss, class_loss, pixels, unknown = Positive.apply(
+            features, labels, weights, mean, queue_counts, loss_weight, ignore_index
+        )
+        if not torch.compiler.is_compiling() and unknown.item():
+            check_label_values(labels, classes, ignore_index, "labels")
+        return PositiveOutput(loss, class_loss, pixels)
+    check_label_values(labels, classes, ignore_index, "labels")
+    labels = torch.where(labels == ignore_index, -1, labels)
+    return PositiveOutput(*reference.positive(features, labels, weights, mean, queue_counts, loss_weight))
+
+
+def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
+    """Raise ``ValueError`` if CPU ``labels`` hold a class outside ``[0, num_classes)``; elsewhere it would cost a wait."""
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if wrong.any():
+        values = torch.unique(labels[wrong]).tolist()
+        listed = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
+        raise ValueError(
+            f"{where}: {int(wrong.sum())} of {labels.numel()} labels are outside 0..{num_classes - 1} and are not "
+            f"ignore_index={ignore_index}: {listed}. Set num_classes or ignore_index, or map the labels"
+        )
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def _check_int64(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}; use {name}.long()")
+
+
+def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}; move it there")

@@ -1,0 +1,161 @@
+"""Projection and prediction heads, and the attention weights of each class ("selectors").
+
+All take rows with labels and work at a fixed size: rows that do not take part stay in the batch, but neither in the
+statistics of BatchNorm nor in any gradient. So nothing waits for the device, and one row or none is no special case.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, leaky_relu, relu
+
+
+class MaskedBatchNorm1d(nn.BatchNorm1d):
+    """``BatchNorm1d`` over the valid rows of a batch.
+
+    With fewer than two valid rows in training it normalises with the running statistics and leaves them alone, where
+    ``BatchNorm1d`` raises.
+    """
+
+    def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Normalise ``input [P, D]``; ``valid [P]`` bool says which rows count (``None``: all)."""
+        if not self.training:
+            return super().forward(input)
+        count = input.shape[0] if valid is None else valid.sum()
+        mask = torch.ones(input.shape[0], dtype=torch.bool, device=input.device) if valid is None else valid
+        count = torch.as_tensor(count, device=input.device)
+        share = (mask / count.clamp_min(1)).to(input.dtype)
+        mean = share @ input
+        centred = input - mean
+        variance = share @ centred.square()
+        with torch.no_grad():
+            self._update(mean, variance, count)
+        enough = count >= 2
+        scale = torch.rsqrt(torch.where(enough, variance, self.running_var) + self.eps) * self.weight
+        shift = torch.where(enough, 0, mean - self.running_mean)
+        return (centred + shift) * scale + self.bias
+
+    def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of this batch, unless it had fewer than two rows."""
+        rate = torch.where(count >= 2, self.momentum or 0.0, 0.0)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate.to(self.running_mean.dtype))
+        unbiased = variance * count / (count - 1).clamp_min(1)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate.to(self.running_var.dtype))
+        self.num_batches_tracked.add_((count >= 2).long())
+
+
+class MLPHead(nn.Module):
+    """Linear - BatchNorm - ReLU - Linear on rows: the layout of both the projection and the prediction head.
+
+    Args:
+        in_channels: width of the incoming rows.
+        dim: width of the hidden layer and of the result.
+    """
+
+    def __init__(self, in_channels: int, dim: int = 256) -> None:
+        super().__init__()
+        self.first = nn.Linear(in_channels, dim)
+        self.norm = MaskedBatchNorm1d(dim)
+        self.last = nn.Linear(dim, dim)
+
+    def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
+        """``rows [P, in_channels]`` to ``[P, dim]``; ``valid [P]`` bool: rows that count in the statistics.
+
+        Rows that do not count must be finite (the result for them means nothing).
+        """
+        return self.last(relu(self.norm(self.first(rows), valid)))
+
+
+class ClassSelectors(nn.Module):
+    """One small network a class, giving each row of the class the logit of its attention weight.
+
+    Linear(dim, dim) - BatchNorm - LeakyReLU(0.2) - Linear(dim, 1) for every class, all classes at once: rows are sorted
+    by class and go through one grouped matrix product.
+
+    Args:
+        num_classes: C.
+        dim: width of the rows.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_classes: int, dim: int = 256, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        bound = dim**-0.5  # the default of nn.Linear
+        self.weight1 = nn.Parameter(torch.empty(num_classes, dim, dim).uniform_(-bound, bound))
+        self.bias1 = nn.Parameter(torch.empty(num_classes, dim).uniform_(-bound, bound))
+        self.norm_weight = nn.Parameter(torch.ones(num_classes, dim))
+        self.norm_bias = nn.Parameter(torch.zeros(num_classes, dim))
+        self.weight2 = nn.Parameter(torch.empty(num_classes, dim).uniform_(-bound, bound))
+        self.bias2 = nn.Parameter(torch.empty(num_classes).uniform_(-bound, bound))
+        self.register_buffer("running_mean", torch.zeros(num_classes, dim))
+        self.register_buffer("running_var", torch.ones(num_classes, dim))
+
+    def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Weight logits ``[P]`` of ``rows [P, dim]`` with ``labels [P]`` int64; 0 for labels outside ``[0, C)``."""
+        classes, total = self.bias2.shape[0], rows.shape[0]
+        if total == 0:
+            return rows.new_zeros(0)
+        valid = (labels >= 0) & (labels < classes)
+        key = torch.where(valid, labels, classes)
+        order = torch.argsort(key, stable=True)
+        ordered, counted = key[order], valid[order]
+        sorted_rows = torch.where(counted[:, None], rows[order], 0)
+        # rows of no class sit at the end, as zeros, in the last group
+        ends = torch.searchsorted(ordered, torch.arange(1, classes + 1, device=rows.device))
+        ends = torch.cat([ends[:-1], ends.new_tensor([total])]).to(torch.int32)
+        index = ordered.clamp_max(classes - 1)
+
+        hidden = grouped_linear(sorted_rows, self.weight1, ends)
+        hidden = leaky_relu(self._normalise(hidden, index, counted), 0.2)
+        logits = (hidden @ self.weight2.t() + self.bias2).gather(1, index[:, None])[:, 0]
+        return torch.zeros_like(logits).scatter(0, order, torch.where(counted, logits, 0))
+
+    def _normalise(self, hidden: Tensor, index: Tensor, counted: Tensor) -> Tensor:
+        """BatchNorm of each class over its own rows; a class with one row uses its running statistics.
+
+        ``bias1`` cancels in the batch statistics, so it enters only where the running ones are used.
+        """
+        running_shift = self.bias1 - self.running_mean
+        if not self.training:
+            scale = torch.rsqrt(self.running_var + self.eps) * self.norm_weight
+            return (hidden + running_shift[index]) * scale[index] + self.norm_bias[index]
+        member = (torch.arange(self.bias2.shape[0], device=index.device) == index[:, None]) & counted[:, None]
+        member = member.to(hidden.dtype)  # [P, C] one-hot: sums over classes as matrix products, deterministic
+        count = member.sum(0)[:, None]
+        mean = member.t() @ hidden / count.clamp_min(1)
+        centred = hidden - mean[index]
+        variance = member.t() @ centred.square() / count.clamp_min(1)
+        enough = count >= 2
+        with torch.no_grad():
+            rate = torch.where(enough, self.momentum, 0.0).to(self.running_mean.dtype)
+            target = (mean + self.bias1).to(self.running_mean.dtype)
+            unbiased = (variance * count / (count - 1).clamp_min(1)).to(self.running_var.dtype)
+            running_mean, running_var = self.running_mean.clone(), self.running_var.clone()
+            self.running_mean.add_(rate * (target - self.running_mean))
+            self.running_var.add_(rate * (unbiased - self.running_var))
+        scale = torch.rsqrt(torch.where(enough, variance, running_var) + self.eps) * self.norm_weight
+        shift = torch.where(enough, 0, mean + self.bias1 - running_mean)
+        return (centred + shift[index]) * scale[index] + self.norm_bias[index]
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``rows[i] @ weight[c].T`` for rows sorted by class.
+
+    Args:
+        rows: ``[P, D]``, the rows of class c at ``ends[c - 1] : ends[c]``.
+        weight: ``[C, E, D]``.
+        ends: ``[C]`` int32; the last one is P.
+
+    Returns:
+        ``[P, E]``.
+    """
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+    if rows.dtype != torch.float64 and aligned:
+        return grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    # float64 and odd widths, which grouped_mm does not take: one product a class (waits for the device)
+    parts = rows.tensor_split(ends[:-1].tolist())
+    return torch.cat([part @ matrix.t() for part, matrix in zip(parts, weight, strict=True)])

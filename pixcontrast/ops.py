@@ -1,0 +1,60 @@
+"""Loads the compiled extension and tells PyTorch the shapes of its operators (fake implementations)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+
+    load_error: str | None = None
+except ImportError as error:  # without a build everything runs on the reference implementation
+    _C = None  # type: ignore[assignment]
+    load_error = str(error)
+
+
+def available() -> bool:
+    """Whether the compiled extension could be loaded."""
+    return _C is not None
+
+
+def _accumulation(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+if available():
+
+    @torch.library.register_fake("pixcontrast::memory_mean")
+    def _(queue: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
+        return queue.new_empty((queue.shape[0], queue.shape[2]), dtype=_accumulation(queue))
+
+    @torch.library.register_fake("pixcontrast::memory_mean_backward")
+    def _(grad_mean: Tensor, mean: Tensor, queue: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        return torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("pixcontrast::positive")
+    def _(
+        features: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        mean: Tensor,
+        memory_counts: Tensor,
+        loss_weight: float,
+        ignore_index: int,
+        features_grad: bool,
+        weights_grad: bool,
+        mean_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        classes = mean.shape[0]
+        dtype = _accumulation(features)
+        nothing = features.new_empty(0)
+        return (
+            features.new_empty((), dtype=dtype),
+            features.new_empty((classes,), dtype=dtype),
+            labels.new_empty((classes,)),
+            labels.new_empty(()),
+            torch.empty_like(features) if features_grad else nothing,
+            features.new_empty(labels.shape, dtype=dtype) if weights_grad else nothing.to(dtype),
+            torch.empty_like(mean) if mean_grad else nothing.to(dtype),
+        )

@@ -1,0 +1,110 @@
+"""The mathematics in plain, differentiable PyTorch: the yardstick of the tests and the fallback on every device.
+
+Notation (Alonso et al., ICCV 2021, Eq. 8, written as inner products of means)::
+
+    f_i  feature row i of class c         a_i  its weight logit          w_i = sigma(a_i) / sum_k sigma(a_k)
+    z_j  memory row j of class c          b_j  its weight logit          v_j = sigma(b_j) / sum_k sigma(b_k)
+    L_c  = sum_ij w_i v_j (1 - cos(f_i, z_j)) = 1 - <u_c, m_c>,  u_c = sum_i w_i f_i/|f_i|,  m_c = sum_j v_j z_j/|z_j|
+    loss = loss_weight / C * sum_c L_c        over classes with at least two feature rows and two memory rows
+
+Sums run in float32 (float64 for float64 inputs). A row whose norm is below ``NORM_FLOOR`` counts as the zero vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+NORM_FLOOR = 1e-12
+MIN_ROWS = 2  # a class takes part from two feature rows and two memory rows on, as in the released code
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """``rows [..., D]`` scaled to norm one; rows of norm below ``NORM_FLOOR`` become zero and pass no gradient."""
+    norm = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
+    safe = torch.where(norm < NORM_FLOOR, 0, rows)
+    return safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+
+
+def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean unit row of each class of a memory.
+
+    Args:
+        queue: ``[C, N, D]`` rows; only the first ``counts[c]`` rows of class c are valid.
+        counts: ``[C]`` int64.
+        weights: ``[C, N]`` logits ``b``; ``None`` gives every row the same weight.
+
+    Returns:
+        ``[C, D]`` in the accumulation dtype; zero for an empty class.
+    """
+    dtype = accumulation_dtype(queue.dtype)
+    valid = torch.arange(queue.shape[1], device=queue.device) < counts[:, None]
+    rows = unit_rows(torch.where(valid[..., None], queue, 0).to(dtype))
+    logits = torch.zeros(valid.shape, dtype=dtype, device=queue.device) if weights is None else weights.to(dtype)
+    # sigma(b)/sum sigma(b) is the softmax of log sigma(b), which stays finite for logits of any size.
+    log_sigma = logsigmoid(torch.where(valid, logits, 0)).masked_fill(~valid, torch.finfo(dtype).min)
+    share = torch.where(valid, torch.softmax(log_sigma, dim=1), 0)
+    return torch.einsum("cn,cnd->cd", share, rows)
+
+
+def as_rows(features: Tensor) -> Tensor:
+    """``[P, D]`` as it is, ``[B, D, H, W]`` as ``[B*H*W, D]`` (a view for channels_last maps)."""
+    return features if features.dim() == 2 else features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+
+
+def positive(
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    mean: Tensor,
+    memory_counts: Tensor,
+    loss_weight: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class-wise memory contrast of ``features`` with the memory means of their classes.
+
+    Args:
+        features: ``[P, D]`` or ``[B, D, H, W]``.
+        labels: ``[P]`` or ``[B, H, W]`` int64; anything outside ``[0, C)`` is left out.
+        weights: logits ``a`` in the shape of ``labels``; ``None`` weighs all rows of a class alike.
+        mean: ``[C, D]`` from :func:`memory_mean`.
+        memory_counts: ``[C]`` int64, valid memory rows of each class.
+        loss_weight: factor of the loss.
+
+    Returns:
+        The scalar loss, ``L_c [C]`` (0 for classes that do not take part) and the valid rows of each class ``[C]`` int64.
+    """
+    num_classes = mean.shape[0]
+    dtype = accumulation_dtype(features.dtype)
+    label = labels.reshape(-1)
+    valid = (label >= 0) & (label < num_classes)
+    index = torch.where(valid, label, 0)
+    rows = unit_rows(torch.where(valid[:, None], as_rows(features), 0).to(dtype))
+
+    pixels = torch.zeros(num_classes, dtype=torch.int64, device=label.device).index_add(0, index, valid.long())
+    share = _class_share(weights, index, valid, num_classes, dtype)
+    means = torch.zeros(num_classes, rows.shape[1], dtype=dtype, device=rows.device).index_add(
+        0, index, share[:, None] * rows
+    )
+    active = (pixels >= MIN_ROWS) & (memory_counts >= MIN_ROWS)
+    class_loss = torch.where(active, 1 - (means * mean.to(dtype)).sum(1), 0)
+    return class_loss.sum() * (loss_weight / num_classes), class_loss.detach(), pixels
+
+
+def _class_share(weights: Tensor | None, index: Tensor, valid: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """``w_i [P]``: sigma(a_i) over the sum of its class, computed from log sigma with the class maximum subtracted."""
+    if weights is None:
+        score = valid.to(dtype)
+    else:
+        log_sigma = logsigmoid(torch.where(valid, weights.reshape(-1).to(dtype), 0))
+        lowest = torch.full((num_classes,), torch.finfo(dtype).min, dtype=dtype, device=index.device)
+        masked = torch.where(valid, log_sigma, torch.finfo(dtype).min)
+        top = lowest.scatter_reduce(0, index, masked.detach(), "amax")
+        score = torch.where(valid, torch.exp(torch.where(valid, log_sigma - top[index], 0)), 0)
+    total = torch.zeros(num_classes, dtype=dtype, device=index.device).index_add(0, index, score)
+    return score / total[index].clamp_min(torch.finfo(dtype).tiny)
