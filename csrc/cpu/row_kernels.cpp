@@ -1,0 +1,70 @@
+#include "row_kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace pixcontrast::cpu {
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call that is not inlined
+
+#if defined(__x86_64__)
+#define PIXCONTRAST_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define PIXCONTRAST_BYTES 64
+namespace avx512 {
+#include "row_kernels_impl.h"
+}
+#undef PIXCONTRAST_TARGET
+#undef PIXCONTRAST_BYTES
+
+#define PIXCONTRAST_TARGET __attribute__((target("avx2,fma")))
+#define PIXCONTRAST_BYTES 32
+namespace avx2 {
+#include "row_kernels_impl.h"
+}
+#undef PIXCONTRAST_TARGET
+#undef PIXCONTRAST_BYTES
+#endif
+
+#define PIXCONTRAST_TARGET
+#define PIXCONTRAST_BYTES 16
+namespace baseline {
+#include "row_kernels_impl.h"
+}
+
+namespace {
+
+const char* detect() {
+  const char* wanted = std::getenv("PIXCONTRAST_CPU_CAPABILITY");
+  const auto allows = [&](const char* name) {
+    return wanted == nullptr || std::strcmp(wanted, name) == 0 || std::strcmp(wanted, "avx512") == 0;
+  };
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && allows("avx512")) return "avx512";
+  if (has_avx2 && allows("avx2")) return "avx2";
+#endif
+  return "baseline";
+}
+
+}  // namespace
+
+const char* capability() {
+  static const char* const found = detect();
+  return found;
+}
+
+template <class A>
+const RowKernels<A>& row_kernels() {
+#if defined(__x86_64__)
+  if (capability()[0] == 'a') return std::strcmp(capability(), "avx512") == 0 ? avx512::table<A> : avx2::table<A>;
+#endif
+  return baseline::table<A>;
+}
+
+template const RowKernels<float>& row_kernels<float>();
+template const RowKernels<double>& row_kernels<double>();
+
+}  // namespace pixcontrast::cpu

@@ -1,0 +1,27 @@
+// The inner loops over one row of D channels, compiled for several instruction sets and chosen when the program runs.
+#pragma once
+
+#include <cstdint>
+
+namespace pixcontrast::cpu {
+
+template <class A>
+struct RowKernels {
+  // x [D], y [D]: *square = <x, x>, *product = <x, y>
+  void (*square_and_dot)(const A* x, const A* y, int64_t dim, A* square, A* product);
+  // out [D] = alpha * y + beta * x
+  void (*combine)(A alpha, const A* y, A beta, const A* x, int64_t dim, A* out);
+  // sum [D] += alpha * x
+  void (*accumulate)(A alpha, const A* x, int64_t dim, A* sum);
+  // Weights of `count` rows of one class, or of rows with a shift each:
+  // score[i] = sigma(logit[i]) / exp(shift[i]), which stays in range when shift[i] is min(largest logit of the class, 0)
+  void (*score)(const A* logit, const A* shift, int64_t count, A* score);
+};
+
+// "avx512", "avx2" or "baseline"; PIXCONTRAST_CPU_CAPABILITY can ask for a lesser one than the machine has.
+const char* capability();
+
+template <class A>
+const RowKernels<A>& row_kernels();
+
+}  // namespace pixcontrast::cpu

@@ -1,0 +1,109 @@
+// Included by row_kernels.cpp once for each instruction set, inside a namespace of its own, with
+//   PIXCONTRAST_TARGET  the target attribute of every function
+//   PIXCONTRAST_BYTES   the width of a vector
+// No include guard, no includes: the same text makes every version.
+
+template <class A>
+struct Vector {
+  static constexpr int64_t lanes = PIXCONTRAST_BYTES / sizeof(A);
+  typedef A type __attribute__((vector_size(PIXCONTRAST_BYTES)));
+  // the same at any address of an A
+  typedef A loose __attribute__((vector_size(PIXCONTRAST_BYTES), aligned(alignof(A)), may_alias));
+};
+
+#define LOAD(pointer) (*reinterpret_cast<const typename Vector<A>::loose*>(pointer))
+#define STORE(pointer, value) (*reinterpret_cast<typename Vector<A>::loose*>(pointer) = (value))
+
+template <class A>
+PIXCONTRAST_TARGET __attribute__((always_inline)) inline A sum_of(typename Vector<A>::type v) {
+  A total = 0;
+  for (int64_t lane = 0; lane < Vector<A>::lanes; ++lane) total += v[lane];
+  return total;
+}
+
+template <class A>
+PIXCONTRAST_TARGET void square_and_dot(const A* x, const A* y, int64_t dim, A* square, A* product) {
+  using V = Vector<A>;
+  constexpr int64_t step = V::lanes;
+  // four independent sums hide the latency of the multiply-add
+  typename V::type s0{}, s1{}, s2{}, s3{}, p0{}, p1{}, p2{}, p3{};
+  int64_t d = 0;
+  for (; d + 4 * step <= dim; d += 4 * step) {
+    const auto x0 = LOAD(x + d), x1 = LOAD(x + d + step), x2 = LOAD(x + d + 2 * step), x3 = LOAD(x + d + 3 * step);
+    s0 += x0 * x0;
+    s1 += x1 * x1;
+    s2 += x2 * x2;
+    s3 += x3 * x3;
+    p0 += x0 * LOAD(y + d);
+    p1 += x1 * LOAD(y + d + step);
+    p2 += x2 * LOAD(y + d + 2 * step);
+    p3 += x3 * LOAD(y + d + 3 * step);
+  }
+  for (; d + step <= dim; d += step) {
+    const auto x0 = LOAD(x + d);
+    s0 += x0 * x0;
+    p0 += x0 * LOAD(y + d);
+  }
+  A s = sum_of<A>((s0 + s1) + (s2 + s3)), p = sum_of<A>((p0 + p1) + (p2 + p3));
+  for (; d < dim; ++d) {
+    s += x[d] * x[d];
+    p += x[d] * y[d];
+  }
+  *square = s;
+  *product = p;
+}
+
+template <class A>
+PIXCONTRAST_TARGET void combine(A alpha, const A* y, A beta, const A* x, int64_t dim, A* out) {
+  using V = Vector<A>;
+  int64_t d = 0;
+  for (; d + V::lanes <= dim; d += V::lanes) STORE(out + d, alpha * LOAD(y + d) + beta * LOAD(x + d));
+  for (; d < dim; ++d) out[d] = alpha * y[d] + beta * x[d];
+}
+
+template <class A>
+PIXCONTRAST_TARGET void accumulate(A alpha, const A* x, int64_t dim, A* sum) {
+  using V = Vector<A>;
+  int64_t d = 0;
+  for (; d + V::lanes <= dim; d += V::lanes) STORE(sum + d, LOAD(sum + d) + alpha * LOAD(x + d));
+  for (; d < dim; ++d) sum[d] += alpha * x[d];
+}
+
+// e^x for x <= 0. The library's for double; for float a polynomial that the compiler can vectorise, within 2 ulp:
+// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, and e^r from the Taylor series (its rest is below 1e-8).
+PIXCONTRAST_TARGET __attribute__((always_inline)) inline double exp_nonpositive(double x) { return std::exp(x); }
+PIXCONTRAST_TARGET __attribute__((always_inline)) inline float exp_nonpositive(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float e = 1.0f / 5040;
+  e = e * r + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = ((bits - 0x4B400000) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return e * power;
+}
+
+template <class A>
+PIXCONTRAST_TARGET void score(const A* logit, const A* shift, int64_t count, A* score) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A x = logit[i], negative = x < 0 ? x : A(0), size = x < 0 ? -x : x;
+    // sigma(x) = e^min(x,0) / (1 + e^-|x|)
+    score[i] = exp_nonpositive(negative - shift[i]) / (A(1) + exp_nonpositive(-size));
+  }
+}
+
+template <class A>
+const RowKernels<A> table = {square_and_dot<A>, combine<A>, accumulate<A>, score<A>};
+
+#undef LOAD
+#undef STORE

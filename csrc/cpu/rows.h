@@ -1,0 +1,80 @@
+// Rows in the dtype that sums are kept in, wherever and however they are stored.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "../positive.h"
+
+namespace pixcontrast::cpu {
+
+// Room for one row; a row already stored in the right dtype is read and written in place.
+template <class T>
+class RowBuffer {
+ public:
+  using A = Acc<T>;
+  static constexpr bool in_place = std::is_same_v<T, A>;
+
+  explicit RowBuffer(int64_t dim) : dim_(dim), room_(in_place ? 0 : dim) {}
+
+  const A* read(const T* row) {
+    if constexpr (in_place) return row;
+    for (int64_t d = 0; d < dim_; ++d) room_[d] = static_cast<A>(row[d]);
+    return room_.data();
+  }
+
+  // Where to put a row before write().
+  A* target(T* row) {
+    if constexpr (in_place) return row;
+    return room_.data();
+  }
+  void write(T* row) {
+    if constexpr (!in_place) {
+      for (int64_t d = 0; d < dim_; ++d) row[d] = static_cast<T>(room_[d]);
+    }
+  }
+
+ private:
+  int64_t dim_;
+  std::vector<A> room_;
+};
+
+// A few neighbouring pixels of a map [D, H*W] as rows. The stride between rows keeps them in different cache sets.
+template <class T>
+class PixelTile {
+ public:
+  using A = Acc<T>;
+  static constexpr int64_t width = 16;
+
+  explicit PixelTile(int64_t dim) : dim_(dim), stride_(dim + 16), room_(width * stride_) {}
+
+  A* row(int64_t pixel) { return room_.data() + pixel * stride_; }
+
+  // map points at the tile's first pixel; map_pixels is the distance from one channel to the next.
+  void read(const T* map, int64_t map_pixels, int64_t count) {
+    if (count == width) return copy_in(map, map_pixels, std::integral_constant<int64_t, width>());
+    copy_in(map, map_pixels, count);
+  }
+  void write(T* map, int64_t map_pixels, int64_t count) {
+    if (count == width) return copy_out(map, map_pixels, std::integral_constant<int64_t, width>());
+    copy_out(map, map_pixels, count);
+  }
+
+ private:
+  template <class Count>
+  void copy_in(const T* map, int64_t map_pixels, Count count) {
+    for (int64_t d = 0; d < dim_; ++d)
+      for (int64_t p = 0; p < count; ++p) room_[p * stride_ + d] = static_cast<A>(map[d * map_pixels + p]);
+  }
+  template <class Count>
+  void copy_out(T* map, int64_t map_pixels, Count count) {
+    for (int64_t d = 0; d < dim_; ++d)
+      for (int64_t p = 0; p < count; ++p) map[d * map_pixels + p] = static_cast<T>(room_[p * stride_ + d]);
+  }
+
+  int64_t dim_, stride_;
+  std::vector<A> room_;
+};
+
+}  // namespace pixcontrast::cpu

@@ -1,0 +1,115 @@
+// Weighted mean unit row of each class of a memory, and the gradient of its weights. One read of the memory each.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/row_kernels.h"
+#include "cpu/rows.h"
+#include "positive.h"
+
+namespace pixcontrast {
+namespace {
+
+constexpr int64_t kBlock = 128;  // rows that one task sums up
+
+// v_j [C, N] of the valid rows; sigma(b_j) over its sum, see RowKernels::score for the shift.
+template <class T>
+std::vector<Acc<T>> shares(const MemoryMean<T>& args) {
+  using A = Acc<T>;
+  std::vector<A> share(args.classes * args.capacity);
+  cpu::Pieces(args.classes, args.classes, 1).run([&](int64_t, int64_t begin, int64_t end) {
+    std::vector<A> shift(args.capacity);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t count = args.counts[c];
+      A* row = share.data() + c * args.capacity;
+      if (args.weights == nullptr) {
+        std::fill_n(row, count, A(1) / A(count));
+        continue;
+      }
+      const A* logit = args.weights + c * args.capacity;
+      A largest = -INFINITY;
+      for (int64_t j = 0; j < count; ++j) largest = std::max(largest, logit[j]);
+      std::fill_n(shift.data(), count, std::min(largest, A(0)));
+      cpu::row_kernels<A>().score(logit, shift.data(), count, row);
+      A total = 0;
+      for (int64_t j = 0; j < count; ++j) total += row[j];
+      for (int64_t j = 0; j < count; ++j) row[j] /= total;
+    }
+  });
+  return share;
+}
+
+}  // namespace
+
+template <class T>
+void memory_mean_cpu(const MemoryMean<T>& args) {
+  using A = Acc<T>;
+  const auto& kernels = cpu::row_kernels<A>();
+  const auto share = shares(args);
+  const int64_t blocks = (args.capacity + kBlock - 1) / kBlock;
+  std::vector<A> partial(args.classes * blocks * args.dim);  // [C, blocks, D]
+  cpu::Pieces(args.classes * blocks, args.classes * blocks, 1).run([&](int64_t task, int64_t, int64_t) {
+    const int64_t c = task / blocks, first = task % blocks * kBlock;
+    const int64_t last = std::min({first + kBlock, args.counts[c], args.capacity});
+    cpu::RowBuffer<T> buffer(args.dim);
+    for (int64_t j = first; j < last; ++j) {
+      const A* row = buffer.read(args.queue + (c * args.capacity + j) * args.dim);
+      A square, unused;
+      kernels.square_and_dot(row, row, args.dim, &square, &unused);
+      const A norm = std::sqrt(square);
+      if (norm < A(kNormFloor)) continue;
+      kernels.accumulate(share[c * args.capacity + j] / norm, row, args.dim, partial.data() + task * args.dim);
+    }
+  });
+  for (int64_t c = 0; c < args.classes; ++c) {
+    A* mean = args.mean + c * args.dim;
+    std::copy_n(partial.data() + c * blocks * args.dim, args.dim, mean);
+    for (int64_t b = 1; b < blocks; ++b) {
+      kernels.accumulate(A(1), partial.data() + (c * blocks + b) * args.dim, args.dim, mean);
+    }
+  }
+}
+
+// dLoss/db_j = v_j (1 - sigma(b_j)) (<G_c, z_j/|z_j|> - <G_c, m_c>) with G = dLoss/dm
+template <class T>
+void memory_mean_backward_cpu(const MemoryMean<T>& args) {
+  using A = Acc<T>;
+  const auto& kernels = cpu::row_kernels<A>();
+  const auto share = shares(args);
+  const int64_t blocks = (args.capacity + kBlock - 1) / kBlock;
+  cpu::Pieces(args.classes * blocks, args.classes * blocks, 1).run([&](int64_t task, int64_t, int64_t) {
+    const int64_t c = task / blocks, first = task % blocks * kBlock;
+    const int64_t end = std::min(first + kBlock, args.capacity);
+    const A* grad_mean = args.grad_mean + c * args.dim;
+    A unused, of_mean;
+    kernels.square_and_dot(args.mean + c * args.dim, grad_mean, args.dim, &unused, &of_mean);
+    cpu::RowBuffer<T> buffer(args.dim);
+    A minus_logit[kBlock], zero[kBlock] = {}, rest[kBlock];  // rest = 1 - sigma(b) = sigma(-b)
+    for (int64_t j = first; j < end; ++j) minus_logit[j - first] = -args.weights[c * args.capacity + j];
+    kernels.score(minus_logit, zero, end - first, rest);
+    for (int64_t j = first; j < end; ++j) {
+      A& grad = args.grad_weights[c * args.capacity + j];
+      grad = 0;
+      if (j >= args.counts[c]) continue;
+      const A* row = buffer.read(args.queue + (c * args.capacity + j) * args.dim);
+      A square, product;
+      kernels.square_and_dot(row, grad_mean, args.dim, &square, &product);
+      const A norm = std::sqrt(square);
+      const A of_row = norm < A(kNormFloor) ? A(0) : product / norm;
+      grad = share[c * args.capacity + j] * rest[j - first] * (of_row - of_mean);
+    }
+  });
+}
+
+#define INSTANTIATE(T)                                   \
+  template void memory_mean_cpu(const MemoryMean<T>&);   \
+  template void memory_mean_backward_cpu(const MemoryMean<T>&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
+
+}  // namespace pixcontrast
