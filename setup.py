@@ -36,6 +36,15 @@ def with_cuda() -> bool:
     return possible and wish != "0"
 
 
+def compiler_flags() -> list[str]:
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
+    if sys.platform.startswith("linux"):
+        # at::parallel_for needs it. At compile time only: the OpenMP library is the one that torch has already loaded,
+        # linking another would give the process two thread pools.
+        flags.append("-fopenmp")
+    return flags
+
+
 def extension():
     sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
     kernels = sorted(str(path) for path in Path("csrc").rglob("*.cu"))
@@ -48,7 +57,7 @@ def extension():
             ("PIXCONTRAST_TORCH_VERSION", f'"{torch.__version__}"'),
             ("PIXCONTRAST_CUDA_VERSION", f'"{torch.version.cuda}"' if cuda else '""'),
         ],
-        extra_compile_args={"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"], "nvcc": ["-O3", "-std=c++17"]},
+        extra_compile_args={"cxx": compiler_flags(), "nvcc": ["-O3", "-std=c++17"]},
     )
 
 

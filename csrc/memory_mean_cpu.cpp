@@ -15,6 +15,11 @@ namespace {
 
 constexpr int64_t kBlock = 128;  // rows that one task sums up
 
+template <class T>
+int64_t valid_rows(const MemoryMean<T>& args, int64_t c) {
+  return std::clamp<int64_t>(args.counts[c], 0, args.capacity);
+}
+
 // v_j [C, N] of the valid rows; sigma(b_j) over its sum, see RowKernels::score for the shift.
 template <class T>
 std::vector<Acc<T>> shares(const MemoryMean<T>& args) {
@@ -23,7 +28,7 @@ std::vector<Acc<T>> shares(const MemoryMean<T>& args) {
   cpu::Pieces(args.classes, args.classes, 1).run([&](int64_t, int64_t begin, int64_t end) {
     std::vector<A> shift(args.capacity);
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t count = args.counts[c];
+      const int64_t count = valid_rows(args, c);
       A* row = share.data() + c * args.capacity;
       if (args.weights == nullptr) {
         std::fill_n(row, count, A(1) / A(count));
@@ -53,7 +58,7 @@ void memory_mean_cpu(const MemoryMean<T>& args) {
   std::vector<A> partial(args.classes * blocks * args.dim);  // [C, blocks, D]
   cpu::Pieces(args.classes * blocks, args.classes * blocks, 1).run([&](int64_t task, int64_t, int64_t) {
     const int64_t c = task / blocks, first = task % blocks * kBlock;
-    const int64_t last = std::min({first + kBlock, args.counts[c], args.capacity});
+    const int64_t last = std::min(first + kBlock, valid_rows(args, c));
     cpu::RowBuffer<T> buffer(args.dim);
     for (int64_t j = first; j < last; ++j) {
       const A* row = buffer.read(args.queue + (c * args.capacity + j) * args.dim);
@@ -93,7 +98,7 @@ void memory_mean_backward_cpu(const MemoryMean<T>& args) {
     for (int64_t j = first; j < end; ++j) {
       A& grad = args.grad_weights[c * args.capacity + j];
       grad = 0;
-      if (j >= args.counts[c]) continue;
+      if (j >= valid_rows(args, c)) continue;
       const A* row = buffer.read(args.queue + (c * args.capacity + j) * args.dim);
       A square, product;
       kernels.square_and_dot(row, grad_mean, args.dim, &square, &product);

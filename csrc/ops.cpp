@@ -28,10 +28,6 @@ void check_memory(const Tensor& queue, const Tensor& counts, const optional<Tens
   TORCH_CHECK_VALUE(queue.dim() == 3, "queue must be [C, N, D], got ", queue.sizes());
   TORCH_CHECK_VALUE(counts.sizes() == at::IntArrayRef({queue.size(0)}), "counts must be [C], got ", counts.sizes());
   TORCH_CHECK_TYPE(counts.scalar_type() == at::kLong, "counts must be int64, got ", counts.scalar_type());
-  // a count beyond the capacity would read past the end
-  TORCH_CHECK_VALUE(counts.numel() == 0 || (counts.min().item<int64_t>() >= 0 &&
-                                            counts.max().item<int64_t>() <= queue.size(1)),
-                    "counts must be between 0 and N = ", queue.size(1), ", got ", counts);
   if (weights.has_value()) {
     TORCH_CHECK_VALUE(weights->sizes() == queue.sizes().slice(0, 2), "weights must be [C, N], got ", weights->sizes());
     TORCH_CHECK_TYPE(weights->scalar_type() == accumulation(queue), "weights must be ", accumulation(queue));

@@ -48,13 +48,12 @@ if available():
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         classes = mean.shape[0]
         dtype = _accumulation(features)
-        nothing = features.new_empty(0)
         return (
             features.new_empty((), dtype=dtype),
             features.new_empty((classes,), dtype=dtype),
             labels.new_empty((classes,)),
             labels.new_empty(()),
-            torch.empty_like(features) if features_grad else nothing,
-            features.new_empty(labels.shape, dtype=dtype) if weights_grad else nothing.to(dtype),
-            torch.empty_like(mean) if mean_grad else nothing.to(dtype),
+            torch.empty_like(features) if features_grad else features.new_empty(0),
+            features.new_empty(labels.shape if weights_grad else 0, dtype=dtype),
+            torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
         )

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace pixcontrast::cpu {
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call that is not inlined
@@ -12,6 +16,8 @@ namespace pixcontrast::cpu {
 #define PIXCONTRAST_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
 #define PIXCONTRAST_BYTES 64
 namespace avx512 {
+PIXCONTRAST_TARGET inline void stream(float* to, __m512 value) { _mm512_stream_ps(to, value); }
+PIXCONTRAST_TARGET inline void stream(double* to, __m512d value) { _mm512_stream_pd(to, value); }
 #include "row_kernels_impl.h"
 }
 #undef PIXCONTRAST_TARGET
@@ -20,6 +26,8 @@ namespace avx512 {
 #define PIXCONTRAST_TARGET __attribute__((target("avx2,fma")))
 #define PIXCONTRAST_BYTES 32
 namespace avx2 {
+PIXCONTRAST_TARGET inline void stream(float* to, __m256 value) { _mm256_stream_ps(to, value); }
+PIXCONTRAST_TARGET inline void stream(double* to, __m256d value) { _mm256_stream_pd(to, value); }
 #include "row_kernels_impl.h"
 }
 #undef PIXCONTRAST_TARGET
@@ -29,6 +37,10 @@ namespace avx2 {
 #define PIXCONTRAST_TARGET
 #define PIXCONTRAST_BYTES 16
 namespace baseline {
+template <class A, class V>
+inline void stream(A* to, V value) {
+  *reinterpret_cast<V*>(to) = value;
+}
 #include "row_kernels_impl.h"
 }
 
@@ -50,6 +62,12 @@ const char* detect() {
 }
 
 }  // namespace
+
+void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 const char* capability() {
   static const char* const found = detect();

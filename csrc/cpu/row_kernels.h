@@ -9,14 +9,18 @@ template <class A>
 struct RowKernels {
   // x [D], y [D]: *square = <x, x>, *product = <x, y>
   void (*square_and_dot)(const A* x, const A* y, int64_t dim, A* square, A* product);
-  // out [D] = alpha * y + beta * x
-  void (*combine)(A alpha, const A* y, A beta, const A* x, int64_t dim, A* out);
+  // out [D] = alpha * y + beta * x, past the caches if `stream` and the address allows it (then call fence());
+  // and, unless sum is null, sum [D] += gamma * x on the same way
+  void (*combine)(A alpha, const A* y, A beta, const A* x, int64_t dim, bool stream, A* out, A gamma, A* sum);
   // sum [D] += alpha * x
   void (*accumulate)(A alpha, const A* x, int64_t dim, A* sum);
   // Weights of `count` rows of one class, or of rows with a shift each:
   // score[i] = sigma(logit[i]) / exp(shift[i]), which stays in range when shift[i] is min(largest logit of the class, 0)
   void (*score)(const A* logit, const A* shift, int64_t count, A* score);
 };
+
+// Makes streamed stores visible to other threads.
+void fence();
 
 // "avx512", "avx2" or "baseline"; PIXCONTRAST_CPU_CAPABILITY can ask for a lesser one than the machine has.
 const char* capability();

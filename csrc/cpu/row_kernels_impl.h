@@ -1,6 +1,7 @@
 // Included by row_kernels.cpp once for each instruction set, inside a namespace of its own, with
 //   PIXCONTRAST_TARGET  the target attribute of every function
 //   PIXCONTRAST_BYTES   the width of a vector
+//   stream()            store of one vector past the caches
 // No include guard, no includes: the same text makes every version.
 
 template <class A>
@@ -53,12 +54,35 @@ PIXCONTRAST_TARGET void square_and_dot(const A* x, const A* y, int64_t dim, A* s
   *product = p;
 }
 
-template <class A>
-PIXCONTRAST_TARGET void combine(A alpha, const A* y, A beta, const A* x, int64_t dim, A* out) {
+template <bool Stream, bool Sum, class A>
+PIXCONTRAST_TARGET __attribute__((always_inline)) inline void combine_as(A alpha, const A* y, A beta, const A* x,
+                                                                        int64_t dim, A* out, A gamma, A* sum) {
   using V = Vector<A>;
   int64_t d = 0;
-  for (; d + V::lanes <= dim; d += V::lanes) STORE(out + d, alpha * LOAD(y + d) + beta * LOAD(x + d));
-  for (; d < dim; ++d) out[d] = alpha * y[d] + beta * x[d];
+  for (; d + V::lanes <= dim; d += V::lanes) {
+    const typename V::type value = LOAD(x + d);
+    if (Sum) STORE(sum + d, LOAD(sum + d) + gamma * value);
+    const typename V::type result = alpha * LOAD(y + d) + beta * value;
+    if (Stream) {
+      stream(out + d, result);
+    } else {
+      STORE(out + d, result);
+    }
+  }
+  for (; d < dim; ++d) {
+    if (Sum) sum[d] += gamma * x[d];
+    out[d] = alpha * y[d] + beta * x[d];
+  }
+}
+
+template <class A>
+PIXCONTRAST_TARGET void combine(A alpha, const A* y, A beta, const A* x, int64_t dim, bool wish, A* out, A gamma,
+                                A* sum) {
+  const bool past = wish && reinterpret_cast<uintptr_t>(out) % PIXCONTRAST_BYTES == 0;
+  if (past && sum) return combine_as<true, true>(alpha, y, beta, x, dim, out, gamma, sum);
+  if (past) return combine_as<true, false>(alpha, y, beta, x, dim, out, gamma, sum);
+  if (sum) return combine_as<false, true>(alpha, y, beta, x, dim, out, gamma, sum);
+  combine_as<false, false>(alpha, y, beta, x, dim, out, gamma, sum);
 }
 
 template <class A>

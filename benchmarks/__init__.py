@@ -1,0 +1,1 @@
+"""Kernel microbenchmarks; run one with ``python -m benchmarks.positive``."""

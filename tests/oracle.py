@@ -1,0 +1,46 @@
+"""The truth of the tests: formulas as loops over single pairs in float64, differentiated by autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit(row: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(row)
+    return row / norm if norm >= 1e-12 else row * 0
+
+
+def shares(logits: list[Tensor]) -> list[Tensor]:
+    """sigma(a_i) / sum_k sigma(a_k); a softmax of log sigma, so that logits of any size have one."""
+    log_sigma = torch.nn.functional.logsigmoid(torch.stack(logits))
+    return list(torch.softmax(log_sigma, 0))
+
+
+def positive_pairs(
+    rows: Tensor,
+    labels: Tensor,
+    queue: Tensor,
+    counts: Tensor,
+    weights: Tensor | None,
+    queue_weights: Tensor | None,
+    loss_weight: float = 1.0,
+) -> Tensor:
+    """``loss_weight / C * sum_c sum_ij w_i v_j (1 - cos(f_i, z_j))`` pair by pair.
+
+    ``rows [P, D]``, ``labels [P]`` (anything outside 0..C-1 is left out), ``queue [C, N, D]``, ``counts [C]``, logits
+    ``weights [P]`` and ``queue_weights [C, N]``.
+    """
+    classes = queue.shape[0]
+    total = rows.new_zeros(())
+    for c in range(classes):
+        members = [i for i in range(len(labels)) if labels[i] == c]
+        stored = range(int(counts[c]))
+        if len(members) < 2 or len(stored) < 2:
+            continue
+        w = shares([rows.new_zeros(()) if weights is None else weights[i] for i in members])
+        v = shares([rows.new_zeros(()) if queue_weights is None else queue_weights[c, j] for j in stored])
+        for w_i, i in zip(w, members, strict=True):
+            for v_j, j in zip(v, stored, strict=True):
+                total = total + w_i * v_j * (1 - torch.dot(unit(rows[i]), unit(queue[c, j])))
+    return total * loss_weight / classes

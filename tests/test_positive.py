@@ -1,0 +1,307 @@
+"""The operator `positive` in its three forms: pair loops, readable PyTorch, compiled kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from positive_cases import IGNORE, Case, random_case, relative_errors
+
+from pixcontrast.functional import memory_mean, positive_contrast
+from pixcontrast.reference import accumulation_dtype
+
+BACKENDS = ("reference", "extension")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(80))
+def test_agrees_with_pair_loops_in_float64(seed: int, backend: str) -> None:
+    case = random_case(seed)
+    truth = case.truth()
+    _, results = case.run(backend)
+    assert results.keys() == truth.keys()
+    assert max(relative_errors(results, truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_channel(backend: str) -> None:
+    """Every cosine is 1 or -1: the loss is that of the signs, and scaling a row changes nothing."""
+    case = Case(
+        torch.tensor([[2.0], [0.5], [-3.0], [1.0]]).double(),
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([[[1.0], [4.0]], [[1.0], [-2.0]]]).double(),
+        torch.tensor([2, 2]),
+        torch.tensor([0.3, -1.0, 2.0, 0.7]).double(),
+        torch.tensor([[0.1, 0.2], [1.5, -0.5]]).double(),
+    )
+    _, results = case.run(backend)
+    truth = case.truth()
+    for name in ("loss", "weights", "queue_weights"):
+        torch.testing.assert_close(results[name], truth[name], rtol=1e-12, atol=1e-16)
+    assert results["features"].abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(24))
+def test_rounding_errors_are_no_larger_than_those_of_the_reference(seed: int, dtype: torch.dtype) -> None:
+    case = random_case(seed).to(dtype)
+    truth = case.truth()
+    _, expected = case.run("reference")
+    _, results = case.run("extension")
+    allowed = relative_errors(expected, truth)
+    for name, error in relative_errors(results, truth).items():
+        assert results[name].dtype == expected[name].dtype
+        # one rounding of the result is never an error; beyond it, sums in another order may differ a little
+        assert error <= 2 * allowed[name] + torch.finfo(results[name].dtype).eps, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_random_cases_reach_every_special_case(backend: str) -> None:
+    seen = set()
+    for seed in range(80):
+        case = random_case(seed)
+        output, _ = case.run(backend)
+        pixels, counts = output.pixels, case.counts
+        expected = [int((case.labels == c).sum()) for c in range(len(counts))]
+        assert pixels.tolist() == expected
+        seen |= {"absent class"} if (pixels == 0).any() else set()
+        seen |= {"one-row class"} if (pixels == 1).any() else set()
+        seen |= {"empty memory"} if (counts == 0).any() else set()
+        seen |= {"one memory row"} if (counts == 1).any() else set()
+        seen |= {"ignored"} if (case.labels == IGNORE).any() else set()
+        seen |= {f"{case.features.dim()}-d", f"C={len(counts)}"}
+        if case.features.dim() == 4 and not case.features.is_contiguous():
+            seen |= {"channels_last"}
+        unused = (pixels < 2) | (counts < 2)
+        assert (output.class_loss[unused] == 0).all()
+    assert {"absent class", "one-row class", "empty memory", "one memory row", "ignored"} <= seen
+    assert {"2-d", "4-d", "channels_last", "C=1", "C=150"} <= seen
+
+
+def large_case(seed: int = 0, shape: tuple[int, ...] = (3000,), classes: int = 19, dim: int = 65) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    return Case(
+        torch.randn(shape[0], dim, *shape[1:], generator=g),
+        torch.randint(0, classes, shape, generator=g),
+        torch.randn(classes, 300, dim, generator=g),
+        torch.full((classes,), 300),
+        torch.randn(shape, generator=g),
+        torch.randn(classes, 300, generator=g),
+    )
+
+
+@pytest.mark.parametrize("shape", [(3000,), (2, 37, 29)])
+def test_many_pieces_agree_with_the_reference(shape: tuple[int, ...]) -> None:
+    case = large_case(shape=shape).to(torch.float64)
+    _, expected = case.run("reference")
+    _, results = case.run("extension")
+    assert max(relative_errors(results, expected).values()) < 1e-12
+
+
+def test_streamed_stores_agree_with_the_reference() -> None:
+    case = large_case(shape=(16500,), dim=256)  # 16.9 MB of gradient: past the caches
+    _, expected = case.run("reference")
+    _, results = case.run("extension")
+    assert max(relative_errors(results, expected).values()) < 2e-5
+
+
+@pytest.mark.parametrize("shape", [(3000,), (2, 37, 29)])
+def test_same_bits_with_any_number_of_threads(shape: tuple[int, ...]) -> None:
+    case = large_case(shape=shape)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case.run("extension")[1])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_every_instruction_set_agrees(capability: str) -> None:
+    code = (
+        "from pixcontrast import _C; import positive_cases as p\n"
+        "print(_C.build_info()['cpu_capability'])\n"
+        "print(max(max(p.relative_errors(c.run('extension')[1], c.truth()).values())"
+        " for c in map(p.random_case, range(20))))"
+    )
+    environment = os.environ | {"PIXCONTRAST_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    used, error = done.stdout.split()
+    assert used in (capability, "baseline")  # a machine without AVX2 stays at the baseline
+    assert float(error) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("incoming", [0.0, 0.25, -3.0])
+def test_incoming_gradient_scales_everything(backend: str, incoming: float) -> None:
+    case = random_case(3)
+    _, ones = case.run(backend)
+    _, scaled = case.run(backend, incoming)
+    for name in ("features", "weights", "queue_weights"):
+        torch.testing.assert_close(scaled[name], ones[name] * incoming, rtol=1e-12, atol=0)
+
+
+def test_backward_twice_gives_the_same_gradient_twice() -> None:
+    case = random_case(3)
+    features, weights, _ = case.leaves()
+    loss = positive_contrast(features, case.labels, case.queue, weights=weights, ignore_index=IGNORE).loss
+    (first,) = torch.autograd.grad(loss, features, grad_outputs=torch.tensor(0.5).double(), retain_graph=True)
+    first = first.clone()
+    (second,) = torch.autograd.grad(loss, features, grad_outputs=torch.tensor(0.5).double())
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+def test_extreme_logits(logit: float, backend: str, dtype: torch.dtype) -> None:
+    base = random_case(3)
+    spread = torch.linspace(-1, 1, base.labels.numel(), dtype=torch.float64).reshape(base.labels.shape)
+    queue_spread = torch.linspace(-1, 1, base.queue_weights.numel(), dtype=torch.float64).view_as(base.queue_weights)
+    case = replace(base, weights=logit + spread, queue_weights=logit + queue_spread).to(dtype)
+    _, results = case.run(backend)
+    assert all(value.isfinite().all() for value in results.values())
+    errors = relative_errors(results, case.truth())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert errors["loss"] < tolerance and errors["features"] < tolerance
+    if logit < 0:  # for large positive logits the true gradient of the weights underflows to zero
+        assert max(errors.values()) < (1e-11 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_ignored_pixels_may_be_anything(backend: str, memory_format: torch.memory_format) -> None:
+    case = next(c for c in map(random_case, range(80)) if c.features.dim() == 4 and (c.labels == IGNORE).any())
+    _, expected = case.run(backend)
+    ignored = case.labels == IGNORE
+    features = torch.where(ignored[:, None], float("nan"), case.features).contiguous(memory_format=memory_format)
+    weights = torch.where(ignored, float("inf"), torch.zeros_like(case.labels, dtype=torch.float64))
+    _, expected = replace(case, weights=torch.zeros_like(weights)).run(backend)
+    _, results = replace(case, features=features, weights=weights).run(backend)
+    for name, value in expected.items():
+        assert results[name].isfinite().all()
+        torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-300)
+    gradient = results["features"].movedim(1, -1)[ignored]
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_rows_count_as_zero_and_get_no_gradient(backend: str) -> None:
+    case = random_case(5)
+    rows = torch.randn(6, 4, dtype=torch.float64)
+    rows[2] = 0
+    rows[3] = 1e-20
+    queue = torch.randn(1, 3, 4, dtype=torch.float64)
+    queue[0, 1] = 0
+    counts = torch.tensor([3])
+    zeros = torch.zeros(6, dtype=torch.int64)
+    case = Case(rows, zeros, queue, counts, torch.randn(6).double(), torch.randn(1, 3).double())
+    _, results = case.run(backend)
+    assert max(relative_errors(results, case.truth()).values()) < 1e-12
+    assert (results["features"][2:4] == 0).all() and results["features"].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["all ignored", "empty memory", "no pixels", "one row"])
+def test_nothing_to_contrast_gives_a_connected_zero(backend: str, what: str) -> None:
+    count = 0 if what == "no pixels" else 1 if what == "one row" else 5
+    features = torch.randn(count, 8, requires_grad=True)
+    labels = torch.full((count,), IGNORE if what == "all ignored" else 0)
+    weights = torch.randn(count, requires_grad=True)
+    queue_weights = torch.randn(2, 4, requires_grad=True)
+    counts = torch.zeros(2, dtype=torch.int64) if what == "empty memory" else torch.full((2,), 4)
+    output = positive_contrast(
+        features, labels, torch.randn(2, 4, 8), queue_counts=counts, weights=weights, queue_weights=queue_weights,
+        backend=backend,
+    )  # fmt: skip
+    assert output.loss.item() == 0 and output.loss.requires_grad
+    output.loss.backward()
+    for leaf in (features, weights, queue_weights):
+        assert leaf.grad is not None and (leaf.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [3, 7, 11])
+def test_gradcheck(seed: int, backend: str) -> None:
+    case = random_case(seed)
+    features, weights, queue_weights = case.leaves()
+
+    def loss(features, weights, queue_weights):
+        return positive_contrast(
+            features, case.labels, case.queue, queue_counts=case.counts, weights=weights, queue_weights=queue_weights,
+            ignore_index=IGNORE, backend=backend,
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (features, weights, queue_weights), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("seed", [1, 3, 4, 8])
+def test_opcheck(seed: int, dtype: torch.dtype) -> None:
+    case = random_case(seed).to(dtype)
+    library = torch.ops.pixcontrast
+    sums = accumulation_dtype(dtype)
+    queue_weights = torch.randn(case.queue.shape[:2], dtype=sums)
+    mean = library.memory_mean(case.queue, case.counts, queue_weights)
+    torch.library.opcheck(library.memory_mean.default, (case.queue, case.counts, queue_weights))
+    torch.library.opcheck(
+        library.memory_mean_backward.default, (torch.randn_like(mean), mean, case.queue, case.counts, queue_weights)
+    )
+    weights = torch.randn(case.labels.shape, dtype=sums)
+    for needs in ((True, True, True), (False, False, False), (True, False, True)):
+        torch.library.opcheck(
+            library.positive.default, (case.features, case.labels, weights, mean, case.counts, 0.5, IGNORE, *needs)
+        )
+
+
+def test_gradients_keep_dtype_and_memory_format() -> None:
+    base = large_case(shape=(2, 9, 7))
+    for dtype in (torch.float32, torch.bfloat16):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            case = base.to(dtype)
+            case = replace(case, features=case.features.contiguous(memory_format=memory_format))
+            gradient = case.run("extension")[1]["features"]
+            assert gradient.dtype == dtype and gradient.is_contiguous(memory_format=memory_format)
+
+
+def test_features_and_queue_may_differ_in_dtype() -> None:
+    base = large_case()
+    expected = base.run("reference")[1]["loss"]
+    for features, queue in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        case = replace(base, features=base.features.to(features), queue=base.queue.to(queue))
+        torch.testing.assert_close(case.run("extension")[1]["loss"], expected, rtol=2e-3, atol=0)
+        torch.testing.assert_close(case.run("extension")[1]["loss"], case.run("reference")[1]["loss"])
+
+
+def test_non_contiguous_inputs() -> None:
+    case = large_case(shape=(400,))
+    expected = case.run("extension")[1]
+    strided = replace(
+        case,
+        features=case.features.t().contiguous().t(),
+        labels=torch.stack([case.labels, case.labels], 1)[:, 0],
+        queue=case.queue.transpose(0, 1).contiguous().transpose(0, 1),
+        queue_weights=case.queue_weights.t().contiguous().t(),
+    )
+    results = strided.run("extension")[1]
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_memory_mean_ignores_rows_beyond_the_count() -> None:
+    queue = torch.randn(3, 5, 4)
+    counts = torch.tensor([0, 2, 5])
+    spoilt = queue.clone()
+    spoilt[0], spoilt[1, 2:] = float("nan"), float("nan")
+    for backend in BACKENDS:
+        mean = memory_mean(spoilt, counts, backend=backend)
+        torch.testing.assert_close(mean[1], torch.nn.functional.normalize(queue[1, :2], dim=1).mean(0))
+        assert (mean[0] == 0).all()
