@@ -1,0 +1,139 @@
+"""Endless batches of random crops that can resume anywhere."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset
+
+from train.data.folder import SegmentationDataset
+from train.errors import UserError
+
+Sample = tuple[int, int]  # number of the sample in the stream, index of the item in the data set
+ORDER, CROP = 0, 1  # what a random stream is for
+
+
+class Batches:
+    """Endless batches; batch ``i`` depends only on ``(seed, stream, i)``, never on what was read before.
+
+    Every epoch is a fresh permutation of ``indices``; an incomplete last batch is dropped. With fewer indices than
+    ``batch_size``, each batch consists of several permutations. Every sample is a random crop; images smaller than the
+    crop are padded on the right and at the bottom (image 0, mask ``ignore_index``). The global random state of torch,
+    numpy and Python is neither read nor changed.
+
+    Args:
+        dataset: where the items come from.
+        indices: which items to use.
+        batch_size: images per batch.
+        crop_size: side of the square crop, or ``(height, width)``, in pixels.
+        seed: any integer.
+        stream: name of this sequence of batches, such as ``"labelled"``; other names give independent sequences.
+        start: number of the first batch, for resuming.
+        workers: loader processes; 0 reads in this process. The batches are the same.
+
+    Raises:
+        UserError: no indices, or a batch or crop size below 1; while iterating, what reading an item raises.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        indices: Sequence[int],
+        batch_size: int,
+        crop_size: int | tuple[int, int],
+        seed: int,
+        stream: str,
+        start: int = 0,
+        workers: int = 0,
+    ) -> None:
+        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+        if not indices:
+            raise UserError(f"no images for the {stream} batches: use more images or another labelled fraction")
+        if batch_size < 1 or min(self.crop_size) < 1:
+            raise UserError(f"batch size {batch_size} and crop size {crop_size}: expected at least 1 each")
+        self.dataset = dataset
+        self.indices = list(indices)
+        self.batch_size = batch_size
+        self.start = start
+        self.workers = workers
+        self.key = (seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(stream.encode()))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images uint8 ``[B, 3, h, w]`` and masks int64 ``[B, h, w]`` of batch ``start``, ``start + 1``, ..."""
+        loader: DataLoader[Any] = DataLoader(
+            _Crops(self.dataset, self.crop_size, self.key),
+            batch_sampler=_BatchSampler(self),
+            num_workers=self.workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # otherwise the loader draws its base seed from the global generator
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def samples(self, number: int) -> list[Sample]:
+        """The samples of batch ``number``."""
+        n, size = len(self.indices), self.batch_size
+        if n >= size:
+            epoch, batch_of_epoch = divmod(number, n // size)
+            order = self._permutation(epoch)[batch_of_epoch * size : (batch_of_epoch + 1) * size]
+        else:
+            repeats = -(-size // n)
+            order = [index for r in range(repeats) for index in self._permutation(number * repeats + r)][:size]
+        return [(number * size + position, index) for position, index in enumerate(order)]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = np.random.default_rng([*self.key, ORDER, epoch])
+        return [self.indices[position] for position in generator.permutation(len(self.indices))]
+
+
+class _BatchSampler:
+    """Endless iteration over the samples of batch ``start``, ``start + 1``, ..."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        number = self.batches.start
+        while True:
+            yield self.batches.samples(number)
+            number += 1
+
+
+class _Crops(Dataset[Any]):
+    """Random crop of a sample, seeded by the number of the sample."""
+
+    def __init__(self, dataset: SegmentationDataset, crop_size: tuple[int, int], key: tuple[int, int]) -> None:
+        self.dataset = dataset
+        self.crop_size = crop_size
+        self.key = key
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor] | UserError:
+        number, index = sample
+        try:
+            image, mask = self.dataset[index]
+        except UserError as error:
+            return error  # raised by a worker, it would arrive with the worker's traceback in its message
+        height, width = self.crop_size
+        missing = (0, max(0, width - mask.shape[1]), 0, max(0, height - mask.shape[0]))
+        image, mask = pad(image, missing), pad(mask, missing, value=self.dataset.ignore_index)
+        generator = np.random.default_rng([*self.key, CROP, number])
+        top = int(generator.integers(mask.shape[0] - height + 1))
+        left = int(generator.integers(mask.shape[1] - width + 1))
+        window = (..., slice(top, top + height), slice(left, left + width))
+        return image[window], mask[window]
+
+
+def _collate(samples: list[Any]) -> tuple[Tensor, Tensor] | UserError:
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    images, masks = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(masks)
