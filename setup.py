@@ -30,7 +30,7 @@ def with_cuda() -> bool:
     possible = torch.version.cuda is not None and CUDA_HOME is not None and (Path(CUDA_HOME) / "bin/nvcc").exists()
     if wish == "1" and not possible:
         sys.exit(
-            f"PIXCONTRAST_CUDA=1, but this PyTorch has CUDA {torch.version.cuda} and nvcc was looked for in {CUDA_HOME}.\n"
+            f"PIXCONTRAST_CUDA=1, but PyTorch has CUDA {torch.version.cuda} and nvcc was looked for in {CUDA_HOME}.\n"
             "Install a CUDA build of PyTorch and the CUDA toolkit (or set CUDA_HOME), or build with PIXCONTRAST_CUDA=0"
         )
     return possible and wish != "0"

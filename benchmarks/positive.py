@@ -1,8 +1,8 @@
 """Benchmark of the positive objective, forward and backward, all contenders in one run.
 
-Each contender's loss and gradients are first compared with the formula in float64; a wrong one is reported, not timed.
-Contenders take turns round by round, and a ratio is the median of the rounds' ratios, so that a slow moment of the machine
-hits all of them alike.
+Each contender's loss and gradients are first compared with the formula in float64; a wrong one is reported, not
+timed. Contenders take turns round by round, and a ratio is the median of the rounds' ratios, so that a slow moment of
+the machine hits all of them alike.
 
     python -m benchmarks.positive [--case city] [--rounds 30] [--out results.json]
 """

@@ -57,7 +57,7 @@ class Case:
             leaf.grad = None
         value = loss(self)
         value.backward()
-        return value.detach(), *(leaf.grad for leaf in leaves)  # type: ignore[misc]
+        return value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)
 
 
 def extension(case: Case) -> Tensor:

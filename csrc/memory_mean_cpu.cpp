@@ -109,8 +109,8 @@ void memory_mean_backward_cpu(const MemoryMean<T>& args) {
   });
 }
 
-#define INSTANTIATE(T)                                   \
-  template void memory_mean_cpu(const MemoryMean<T>&);   \
+#define INSTANTIATE(T)                                 \
+  template void memory_mean_cpu(const MemoryMean<T>&); \
   template void memory_mean_backward_cpu(const MemoryMean<T>&);
 INSTANTIATE(float)
 INSTANTIATE(double)

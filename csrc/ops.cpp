@@ -67,8 +67,7 @@ Tensor memory_mean_backward(const Tensor& grad_mean_, const Tensor& mean_, const
     using A = Acc<scalar_t>;
     memory_mean_backward_cpu<scalar_t>({queue.size(0), queue.size(1), queue.size(2), queue.const_data_ptr<scalar_t>(),
                                         counts.const_data_ptr<int64_t>(), weights.const_data_ptr<A>(),
-                                        mean.data_ptr<A>(), grad_mean.const_data_ptr<A>(),
-                                        grad_weights.data_ptr<A>()});
+                                        mean.data_ptr<A>(), grad_mean.const_data_ptr<A>(), grad_weights.data_ptr<A>()});
   });
   return grad_weights;
 }
@@ -79,8 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> positive(
     bool mean_grad) {
   const bool is_map = features_.dim() == 4;
   const auto type = accumulation(features_);
-  TORCH_CHECK_VALUE(is_map || features_.dim() == 2, "features must be [P, D] or [B, D, H, W], got ",
-                    features_.sizes());
+  TORCH_CHECK_VALUE(is_map || features_.dim() == 2, "features must be [P, D] or [B, D, H, W], got ", features_.sizes());
   const auto shape = is_map ? at::DimVector({features_.size(0), features_.size(2), features_.size(3)})
                             : at::DimVector({features_.size(0)});
   TORCH_CHECK_VALUE(labels_.sizes() == shape, "labels must be ", shape, ", got ", labels_.sizes());

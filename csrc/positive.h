@@ -28,12 +28,12 @@ struct FeatureLayout {
 template <class T>
 struct MemoryMean {
   int64_t classes, capacity, dim;
-  const T* queue;            // [C, N, D]
-  const int64_t* counts;     // [C]  valid rows come first
-  const Acc<T>* weights;     // [C, N] logits b, or null: all alike
-  Acc<T>* mean;              // [C, D] m; written by the forward, read by the backward
-  const Acc<T>* grad_mean;   // [C, D] backward only
-  Acc<T>* grad_weights;      // [C, N] backward only
+  const T* queue;           // [C, N, D]
+  const int64_t* counts;    // [C]  valid rows come first
+  const Acc<T>* weights;    // [C, N] logits b, or null: all alike
+  Acc<T>* mean;             // [C, D] m; written by the forward, read by the backward
+  const Acc<T>* grad_mean;  // [C, D] backward only
+  Acc<T>* grad_weights;     // [C, N] backward only
 };
 
 template <class T>

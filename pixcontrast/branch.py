@@ -18,8 +18,8 @@ VARIANTS = ("paper", "released")
 def rows_per_image(num_labelled: int, capacity: int = 256, voc_classes: int | None = None) -> int:
     """Rows that one image may add to one class of the memory.
 
-    ``max(1, round(capacity / num_labelled))`` as the paper has it, so that the memory spans the labelled set. The released
-    VOC script multiplies by a third of the classes: pass ``voc_classes=21`` for that.
+    ``max(1, round(capacity / num_labelled))`` as the paper has it, so that the memory spans the labelled set. The
+    released VOC script multiplies by a third of the classes: pass ``voc_classes=21`` for that.
     """
     rows = round(capacity / num_labelled)
     if voc_classes is not None:
@@ -92,16 +92,14 @@ class ContrastBranch(nn.Module):
         )
 
     @torch.no_grad()
-    def remember(
-        self, features: Tensor, logits: Tensor, labels: Tensor, teacher: ContrastBranch | None = None
-    ) -> None:
+    def remember(self, features: Tensor, logits: Tensor, labels: Tensor, teacher: ContrastBranch | None = None) -> None:
         """Push the pixels that the teacher classifies rightly and surely into the memory.
 
         Args:
             features: ``[B, in_channels, h, w]`` of the teacher.
             logits: ``[B, C, h', w']`` of the teacher, at feature, label, or any other resolution.
             labels: ``[B, H, W]`` int64.
-            teacher: the moving average of this branch, whose heads project and rank the pixels; ``None``: this branch's.
+            teacher: the moving average of this branch, whose heads project and rank the pixels; ``None``: this one's.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit, named.
@@ -187,5 +185,5 @@ class ContrastBranch(nn.Module):
             raise TypeError(f"ContrastBranch.{where}: labels must be int64, got {labels.dtype}")
         if labels.device != features.device:
             raise ValueError(
-                f"ContrastBranch.{where}: labels are on {labels.device}, features on {features.device}; move one of them"
+                f"ContrastBranch.{where}: labels are on {labels.device}, features on {features.device}; move one"
             )

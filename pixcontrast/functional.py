@@ -89,8 +89,8 @@ def positive_contrast(
 ) -> PositiveOutput:
     """Class-wise contrast of pixels with a memory: positives only, both sides weighted (Alonso et al., Eq. 8).
 
-    ``loss = loss_weight / C * sum_c sum_ij w_i v_j (1 - cos(f_i, z_j))`` with ``w``, ``v`` the sigmoid of the logits over
-    their sum within the class. Classes with fewer than two pixels or two memory rows add nothing.
+    ``loss = loss_weight / C * sum_c sum_ij w_i v_j (1 - cos(f_i, z_j))`` with ``w``, ``v`` the sigmoid of the logits
+    over their sum within the class. Classes with fewer than two pixels or two memory rows add nothing.
 
     Args:
         features: ``[P, D]`` or ``[B, D, H, W]`` (contiguous or channels_last), float32, bfloat16, float16 or float64.
@@ -143,7 +143,7 @@ def positive_contrast(
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
-    """Raise ``ValueError`` if CPU ``labels`` hold a class outside ``[0, num_classes)``; elsewhere it would cost a wait."""
+    """Raise ``ValueError`` if CPU ``labels`` hold a class outside ``[0, num_classes)``; a GPU would have to wait."""
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)

@@ -6,6 +6,8 @@ statistics of BatchNorm nor in any gradient. So nothing waits for the device, an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, leaky_relu, relu
@@ -18,14 +20,21 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     ``BatchNorm1d`` raises.
     """
 
+    running_mean: Tensor  # never None here, unlike in the base class
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalise ``input [P, D]``; ``valid [P]`` bool says which rows count (``None``: all)."""
         if not self.training:
             return super().forward(input)
-        count = input.shape[0] if valid is None else valid.sum()
-        mask = torch.ones(input.shape[0], dtype=torch.bool, device=input.device) if valid is None else valid
-        count = torch.as_tensor(count, device=input.device)
-        share = (mask / count.clamp_min(1)).to(input.dtype)
+        with torch.autocast(input.device.type, enabled=False):  # statistics of half-precision rows are float32
+            return self._normalise(precise(input), valid).to(input.dtype)
+
+    def _normalise(self, input: Tensor, valid: Tensor | None) -> Tensor:
+        mask = torch.ones_like(input[:, 0]) if valid is None else valid.to(input.dtype)
+        count = mask.sum()
+        share = mask / count.clamp_min(1)
         mean = share @ input
         centred = input - mean
         variance = share @ centred.square()
@@ -38,10 +47,10 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
 
     def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics towards those of this batch, unless it had fewer than two rows."""
-        rate = torch.where(count >= 2, self.momentum or 0.0, 0.0)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate.to(self.running_mean.dtype))
+        rate = torch.zeros_like(count).masked_fill(count >= 2, self.momentum or 0.0)
+        self.running_mean.add_(rate * (mean - self.running_mean))
         unbiased = variance * count / (count - 1).clamp_min(1)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate.to(self.running_var.dtype))
+        self.running_var.add_(rate * (unbiased - self.running_var))
         self.num_batches_tracked.add_((count >= 2).long())
 
 
@@ -109,8 +118,14 @@ class ClassSelectors(nn.Module):
         ends = torch.cat([ends[:-1], ends.new_tensor([total])]).to(torch.int32)
         index = ordered.clamp_max(classes - 1)
 
-        hidden = grouped_linear(sorted_rows, self.weight1, ends)
-        hidden = leaky_relu(self._normalise(hidden, index, counted), 0.2)
+        weight1: Tensor = self.weight1
+        if torch.is_autocast_enabled(rows.device.type):
+            half = torch.get_autocast_dtype(rows.device.type)
+            sorted_rows, weight1 = sorted_rows.to(half), weight1.to(half)
+        hidden = grouped_linear(sorted_rows, weight1, ends)
+        with torch.autocast(rows.device.type, enabled=False):
+            hidden = self._normalise(precise(hidden), index, counted).to(hidden.dtype)
+        hidden = leaky_relu(hidden, 0.2)
         logits = (hidden @ self.weight2.t() + self.bias2).gather(1, index[:, None])[:, 0]
         return torch.zeros_like(logits).scatter(0, order, torch.where(counted, logits, 0))
 
@@ -131,9 +146,9 @@ class ClassSelectors(nn.Module):
         variance = member.t() @ centred.square() / count.clamp_min(1)
         enough = count >= 2
         with torch.no_grad():
-            rate = torch.where(enough, self.momentum, 0.0).to(self.running_mean.dtype)
-            target = (mean + self.bias1).to(self.running_mean.dtype)
-            unbiased = (variance * count / (count - 1).clamp_min(1)).to(self.running_var.dtype)
+            rate = torch.zeros_like(count).masked_fill(enough, self.momentum)
+            target = mean + self.bias1
+            unbiased = variance * count / (count - 1).clamp_min(1)
             running_mean, running_var = self.running_mean.clone(), self.running_var.clone()
             self.running_mean.add_(rate * (target - self.running_mean))
             self.running_var.add_(rate * (unbiased - self.running_var))
@@ -142,20 +157,67 @@ class ClassSelectors(nn.Module):
         return (centred + shift[index]) * scale[index] + self.norm_bias[index]
 
 
+def precise(rows: Tensor) -> Tensor:
+    """``rows`` in the dtype that statistics are taken in: float64 as it is, everything else as float32."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+# An operator of its own, because in torch 2.11 the fake implementation of grouped_mm refuses float32, which keeps
+# torch.compile out, although its kernels take it.
+@torch.library.custom_op("pixcontrast::grouped_linear", mutates_args=())
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``rows[i] @ weight[c].T`` for rows sorted by class.
 
     Args:
         rows: ``[P, D]``, the rows of class c at ``ends[c - 1] : ends[c]``.
-        weight: ``[C, E, D]``.
+        weight: ``[C, E, D]``, in the dtype of ``rows``.
         ends: ``[C]`` int32; the last one is P.
 
     Returns:
         ``[P, E]``.
     """
-    aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
-    if rows.dtype != torch.float64 and aligned:
+    if _grouped_mm_takes(rows, weight):
         return grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    # float64 and odd widths, which grouped_mm does not take: one product a class (waits for the device)
+    # float64 and odd widths: one product a class (waits for the device)
     parts = rows.tensor_split(ends[:-1].tolist())
     return torch.cat([part @ matrix.t() for part, matrix in zip(parts, weight, strict=True)])
+
+
+@torch.library.custom_op("pixcontrast::grouped_outer", mutates_args=())
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """``sum_i left[i] right[i].T`` of each class, for rows sorted by class: ``[P, E]``, ``[P, D]`` to ``[C, E, D]``."""
+    if _grouped_mm_takes(left, right):
+        return grouped_mm(left.t(), right, offs=ends)
+    splits = ends[:-1].tolist()
+    pairs = zip(left.tensor_split(splits), right.tensor_split(splits), strict=True)
+    return torch.stack([one.t() @ other for one, other in pairs])
+
+
+def _grouped_mm_takes(*matrices: Tensor) -> bool:
+    """Whether ``grouped_mm`` has a kernel: no float64, and rows of a multiple of 16 bytes."""
+    return all(m.dtype != torch.float64 and m.shape[-1] * m.element_size() % 16 == 0 for m in matrices)
+
+
+@grouped_linear.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    d_rows = grouped_linear(grad, weight.transpose(1, 2).contiguous(), ends) if ctx.needs_input_grad[0] else None
+    d_weight = grouped_outer(grad, rows, ends) if ctx.needs_input_grad[1] else None
+    return d_rows, d_weight, None
+
+
+grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_keep_inputs)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .functional import BACKENDS, positive_contrast
 from .memory import ClassMemory
+from .reference import MIN_ROWS
 from .select import labels_at
 
 OBJECTIVES = ("positive",)
@@ -20,7 +21,7 @@ class ContrastStats(NamedTuple):
     pixels: Tensor
     """``[C]`` int64: valid pixels of each class."""
     similarity: Tensor
-    """``[C]``: weighted mean cosine similarity of each class's pixels with its memory; NaN where a class took no part."""
+    """``[C]``: weighted mean cosine similarity of the pixels of each class with its memory; NaN where it has none."""
     memory_fill: Tensor
     """``[C]`` float32: share of the memory's rows that are valid."""
 
@@ -108,8 +109,10 @@ class PixelContrastLoss(nn.Module):
             loss_weight=self.loss_weight,
             backend=self.backend,
         )
+        if not return_stats and self.on_empty == "zero":
+            return output.loss
         counts = torch.full_like(output.pixels, rows.shape[1]) if counts is None else counts
-        taking_part = (output.pixels >= 2) & (counts >= 2)
+        taking_part = (output.pixels >= MIN_ROWS) & (counts >= MIN_ROWS)
         if self.on_empty == "raise" and not bool(taking_part.any()):
             raise ValueError(
                 "PixelContrastLoss: no class takes part: it needs two pixels with its label and two rows in the memory"

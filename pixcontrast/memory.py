@@ -12,15 +12,15 @@ from .reference import unit_rows
 class ClassMemory(nn.Module):
     """Ring buffers of normalised rows, one for each class; newest rows replace the oldest.
 
-    Everything is a buffer, so ``state_dict``, ``.to(device)`` and an exact resume work. No operation waits for the device
-    or has a shape that depends on the data.
+    Everything is a buffer, so ``state_dict``, ``.to(device)`` and an exact resume work. No operation waits for the
+    device or has a shape that depends on the data.
 
     Args:
         num_classes: C.
         capacity: N, rows kept for each class.
         dim: D.
-        sync: ``"local"`` keeps what this process pushes; ``"gather"`` makes every rank of the default process group push
-            the same rows, in rank order (all ranks must push equally often, with the same quota and number of images).
+        sync: ``"local"`` keeps what this process pushes; ``"gather"`` makes every rank of the default process group
+            push the same rows, in rank order (all must push equally often, with the same quota and number of images).
         dtype: storage of the rows (float32, bfloat16, float16 or float64).
 
     Attributes:
@@ -121,17 +121,17 @@ class ClassMemory(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Best rows of each class, best first: row index ``[C, K]`` (-1 where there are fewer) and how many ``[C]``."""
         classes, total, device = self.num_classes, labels.shape[0], labels.device
-        width = self.capacity if quota is None else min(self.capacity, quota * num_images)
+        most = quota if quota is None or images is None else quota * num_images
+        width = self.capacity if most is None else min(self.capacity, most)
         if total == 0:
             return (
                 torch.full((classes, width), -1, dtype=torch.int64, device=device),
                 torch.zeros(classes, dtype=torch.int64, device=device),
             )
         valid = (labels >= 0) & (labels < classes)
-        order = torch.arange(total, device=device)
-        if scores is not None:
-            order = torch.argsort(scores, descending=True, stable=True)
         position = torch.arange(total, device=device)
+        by_score = position if scores is None else torch.argsort(scores, descending=True, stable=True)
+        order = by_score
         if images is not None and quota is not None:
             # rank inside (class, image) first; what is over the quota there drops out of the ranking by class
             group = torch.where(valid, labels * num_images + images, classes * num_images)
@@ -140,10 +140,7 @@ class ClassMemory(nn.Module):
             first = torch.searchsorted(ordered, torch.arange(classes * num_images + 1, device=device))
             dropped = torch.zeros_like(valid).scatter(0, order, position - first[ordered] >= quota)
             valid = valid & ~dropped
-            if scores is not None:  # among the images' best rows, the overall best come first again
-                order = torch.argsort(scores, descending=True, stable=True)
-            else:
-                order = position
+            order = by_score  # among the images' best rows, the overall best come first again
         group = torch.where(valid, labels, classes)
         order = order[torch.argsort(group[order], stable=True)]
         ordered = group[order]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,14 @@ try:
     from . import _C
 
     load_error: str | None = None
-except ImportError as error:  # without a build everything runs on the reference implementation
+except ImportError as error:
     _C = None  # type: ignore[assignment]
     load_error = str(error)
+    warnings.warn(
+        f"pixcontrast: the compiled kernels did not load ({error}); everything runs, slower, on plain PyTorch. "
+        "To build them: pip install --no-build-isolation .",
+        stacklevel=2,
+    )
 
 
 def available() -> bool:

@@ -77,7 +77,7 @@ def positive(
         loss_weight: factor of the loss.
 
     Returns:
-        The scalar loss, ``L_c [C]`` (0 for classes that do not take part) and the valid rows of each class ``[C]`` int64.
+        The scalar loss, ``L_c [C]`` (0 for classes that do not take part), the valid rows of each class ``[C]`` int64.
     """
     num_classes = mean.shape[0]
     dtype = accumulation_dtype(features.dtype)

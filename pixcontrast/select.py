@@ -13,7 +13,7 @@ def _positions(size: int, full: int, device: torch.device) -> Tensor:
 
 
 def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Label map ``[B, H, W]`` at ``size = (h, w)`` by the nearest rule, in its own integer dtype (no float round trip)."""
+    """Label map ``[B, H, W]`` at ``size = (h, w)`` by the nearest rule; integers stay integers."""
     height, width = labels.shape[-2:]
     if (height, width) == tuple(size):
         return labels

@@ -121,5 +121,11 @@ def random_case(seed: int) -> Case:
     queue_weights = torch.randn(classes, rows, generator=g, dtype=torch.float64) * spread
     queue = torch.randn(classes, rows, dim, generator=g, dtype=torch.float64) * pick(1.0, 50.0)
     return Case(
-        features, labels, queue, counts, pick(weights, weights, None), pick(queue_weights, queue_weights, None), pick(1.0, 0.1)
-    )  # fmt: skip
+        features,
+        labels,
+        queue,
+        counts,
+        pick(weights, weights, None),
+        pick(queue_weights, queue_weights, None),
+        pick(1.0, 0.1),
+    )

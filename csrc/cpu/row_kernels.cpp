@@ -13,13 +13,14 @@ namespace pixcontrast::cpu {
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call that is not inlined
 
 #if defined(__x86_64__)
-#define PIXCONTRAST_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define PIXCONTRAST_TARGET \
+  __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
 #define PIXCONTRAST_BYTES 64
 namespace avx512 {
 PIXCONTRAST_TARGET inline void stream(float* to, __m512 value) { _mm512_stream_ps(to, value); }
 PIXCONTRAST_TARGET inline void stream(double* to, __m512d value) { _mm512_stream_pd(to, value); }
 #include "row_kernels_impl.h"
-}
+}  // namespace avx512
 #undef PIXCONTRAST_TARGET
 #undef PIXCONTRAST_BYTES
 
@@ -29,7 +30,7 @@ namespace avx2 {
 PIXCONTRAST_TARGET inline void stream(float* to, __m256 value) { _mm256_stream_ps(to, value); }
 PIXCONTRAST_TARGET inline void stream(double* to, __m256d value) { _mm256_stream_pd(to, value); }
 #include "row_kernels_impl.h"
-}
+}  // namespace avx2
 #undef PIXCONTRAST_TARGET
 #undef PIXCONTRAST_BYTES
 #endif
@@ -42,7 +43,7 @@ inline void stream(A* to, V value) {
   *reinterpret_cast<V*>(to) = value;
 }
 #include "row_kernels_impl.h"
-}
+}  // namespace baseline
 
 namespace {
 

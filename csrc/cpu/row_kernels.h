@@ -15,7 +15,8 @@ struct RowKernels {
   // sum [D] += alpha * x
   void (*accumulate)(A alpha, const A* x, int64_t dim, A* sum);
   // Weights of `count` rows of one class, or of rows with a shift each:
-  // score[i] = sigma(logit[i]) / exp(shift[i]), which stays in range when shift[i] is min(largest logit of the class, 0)
+  // score[i] = sigma(logit[i]) / exp(shift[i]), which stays in range when shift[i] is min(largest logit of the class,
+  // 0)
   void (*score)(const A* logit, const A* shift, int64_t count, A* score);
 };
 

@@ -56,7 +56,7 @@ PIXCONTRAST_TARGET void square_and_dot(const A* x, const A* y, int64_t dim, A* s
 
 template <bool Stream, bool Sum, class A>
 PIXCONTRAST_TARGET __attribute__((always_inline)) inline void combine_as(A alpha, const A* y, A beta, const A* x,
-                                                                        int64_t dim, A* out, A gamma, A* sum) {
+                                                                         int64_t dim, A* out, A gamma, A* sum) {
   using V = Vector<A>;
   int64_t d = 0;
   for (; d + V::lanes <= dim; d += V::lanes) {

@@ -1,0 +1,45 @@
+# Each target sets up what it needs in .venv: pinned packages and the compiled extension.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test lint bench env clean
+
+help:
+	@echo "make demo   train on real images and write runs/demo/report.md (about 8 minutes on 2 cores)"
+	@echo "make test   build and run all tests"
+	@echo "make lint   check style and types"
+	@echo "make bench  time the kernels beside other ways to compute the same"
+	@echo "make env    versions, build and devices, for a bug report"
+	@echo "make clean  remove the build and .venv"
+
+demo: .venv/built
+	.venv/bin/python -m train demo --out runs/demo $(DEMO_ARGS)
+
+test: .venv/built
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/installed
+	.venv/bin/pre-commit run --all-files --show-diff-on-failure
+
+bench: .venv/built
+	.venv/bin/python -m benchmarks.positive $(BENCH_ARGS)
+
+env: .venv/built
+	.venv/bin/python -m pixcontrast.env
+
+.venv/installed: requirements.txt
+	$(PYTHON) scripts/check_system.py
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/built: .venv/installed setup.py pyproject.toml $(shell find csrc -type f)
+	@echo "building the extension (about a minute)"
+	.venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info pixcontrast/_C*.so
