@@ -78,7 +78,7 @@ void memory_mean_cpu(const MemoryMean<T>& args) {
   }
 }
 
-// dLoss/db_j = v_j (1 - sigma(b_j)) (<G_c, z_j/|z_j|> - <G_c, m_c>) with G = dLoss/dm
+// dLoss/db_j = v_j (1 - sigma(b_j)) (g_j - sum_k v_k g_k) with g_j = <G_c, z_j/|z_j|>, G = dLoss/dm
 template <class T>
 void memory_mean_backward_cpu(const MemoryMean<T>& args) {
   using A = Acc<T>;
@@ -87,25 +87,30 @@ void memory_mean_backward_cpu(const MemoryMean<T>& args) {
   const int64_t blocks = (args.capacity + kBlock - 1) / kBlock;
   cpu::Pieces(args.classes * blocks, args.classes * blocks, 1).run([&](int64_t task, int64_t, int64_t) {
     const int64_t c = task / blocks, first = task % blocks * kBlock;
-    const int64_t end = std::min(first + kBlock, args.capacity);
-    const A* grad_mean = args.grad_mean + c * args.dim;
-    A unused, of_mean;
-    kernels.square_and_dot(args.mean + c * args.dim, grad_mean, args.dim, &unused, &of_mean);
+    const int64_t last = std::min(first + kBlock, valid_rows(args, c));
     cpu::RowBuffer<T> buffer(args.dim);
-    A minus_logit[kBlock], zero[kBlock] = {}, rest[kBlock];  // rest = 1 - sigma(b) = sigma(-b)
-    for (int64_t j = first; j < end; ++j) minus_logit[j - first] = -args.weights[c * args.capacity + j];
-    kernels.score(minus_logit, zero, end - first, rest);
-    for (int64_t j = first; j < end; ++j) {
-      A& grad = args.grad_weights[c * args.capacity + j];
-      grad = 0;
-      if (j >= valid_rows(args, c)) continue;
+    for (int64_t j = first; j < last; ++j) {
       const A* row = buffer.read(args.queue + (c * args.capacity + j) * args.dim);
       A square, product;
-      kernels.square_and_dot(row, grad_mean, args.dim, &square, &product);
+      kernels.square_and_dot(row, args.grad_mean + c * args.dim, args.dim, &square, &product);
       const A norm = std::sqrt(square);
-      const A of_row = norm < A(kNormFloor) ? A(0) : product / norm;
-      grad = share[c * args.capacity + j] * rest[j - first] * (of_row - of_mean);
+      args.grad_weights[c * args.capacity + j] = norm < A(kNormFloor) ? A(0) : product / norm;  // g_j
     }
+  });
+  cpu::Pieces(args.classes, args.classes, 1).run([&](int64_t c, int64_t, int64_t) {
+    const int64_t count = valid_rows(args, c);
+    A* const grad = args.grad_weights + c * args.capacity;
+    const A* const v = share.data() + c * args.capacity;
+    std::vector<A> minus_logit(count), rest(count);  // rest = 1 - sigma(b) = sigma(-b)
+    const std::vector<A> zero(count);
+    double mean = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      mean += static_cast<double>(v[j]) * grad[j];
+      minus_logit[j] = -args.weights[c * args.capacity + j];
+    }
+    kernels.score(minus_logit.data(), zero.data(), count, rest.data());
+    for (int64_t j = 0; j < count; ++j) grad[j] = v[j] * rest[j] * static_cast<A>(grad[j] - mean);
+    std::fill(grad + count, grad + args.capacity, A(0));
   });
 }
 

@@ -4,6 +4,8 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include "cpu/parallel.h"
+#include "infonce.h"
 #include "positive.h"
 
 namespace pixcontrast {
@@ -51,23 +53,20 @@ Tensor memory_mean(const Tensor& queue_, const Tensor& counts_, const optional<T
   return mean;
 }
 
-Tensor memory_mean_backward(const Tensor& grad_mean_, const Tensor& mean_, const Tensor& queue_, const Tensor& counts_,
+Tensor memory_mean_backward(const Tensor& grad_mean_, const Tensor& queue_, const Tensor& counts_,
                             const Tensor& weights_) {
   check_memory(queue_, counts_, weights_);
-  for (const auto& t : {grad_mean_, mean_}) {
-    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef({queue_.size(0), queue_.size(2)}), "means must be [C, D], got ",
-                      t.sizes());
-    TORCH_CHECK_TYPE(t.scalar_type() == accumulation(queue_), "means must be ", accumulation(queue_));
-  }
+  TORCH_CHECK_VALUE(grad_mean_.sizes() == at::IntArrayRef({queue_.size(0), queue_.size(2)}),
+                    "grad_mean must be [C, D], got ", grad_mean_.sizes());
+  TORCH_CHECK_TYPE(grad_mean_.scalar_type() == accumulation(queue_), "grad_mean must be ", accumulation(queue_));
   const auto queue = queue_.contiguous(), counts = counts_.contiguous(), weights = weights_.contiguous();
   const auto grad_mean = grad_mean_.contiguous();
-  auto mean = mean_.contiguous();
   auto grad_weights = at::empty(weights.sizes(), weights.options());
   DISPATCH(queue, "memory_mean_backward", [&] {
     using A = Acc<scalar_t>;
     memory_mean_backward_cpu<scalar_t>({queue.size(0), queue.size(1), queue.size(2), queue.const_data_ptr<scalar_t>(),
-                                        counts.const_data_ptr<int64_t>(), weights.const_data_ptr<A>(),
-                                        mean.data_ptr<A>(), grad_mean.const_data_ptr<A>(), grad_weights.data_ptr<A>()});
+                                        counts.const_data_ptr<int64_t>(), weights.const_data_ptr<A>(), nullptr,
+                                        grad_mean.const_data_ptr<A>(), grad_weights.data_ptr<A>()});
   });
   return grad_weights;
 }
@@ -133,23 +132,104 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> positive(
   return {loss, class_loss, pixels, unknown, grad_features, grad_weights, grad_mean};
 }
 
+// Copies between pixels `index` [R] (below 0: none) of features [P, D] or [B, D, H, W] and rows [R, D]. Each thread has
+// channels of its own, so pixels that occur twice are added in order.
+template <class T, class A, class Copy>
+void for_pixels(const Tensor& features, const Tensor& index, const Copy& copy) {
+  const bool is_map = features.dim() == 4;
+  const int64_t dim = features.size(1), count = index.numel();
+  const int64_t inside = is_map ? features.size(2) * features.size(3) : 1;
+  const bool rows = !is_map || features.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const auto* pixel = index.const_data_ptr<int64_t>();
+  cpu::Pieces(dim, 16, 16).run([&](int64_t, int64_t first, int64_t last) {
+    for (int64_t r = 0; r < count; ++r) {
+      if (pixel[r] < 0) continue;
+      const int64_t start = rows ? pixel[r] * dim : pixel[r] / inside * dim * inside + pixel[r] % inside;
+      for (int64_t d = first; d < last; ++d) copy(start + d * (rows ? 1 : inside), r * dim + d);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> infonce(const Tensor& features_, const Tensor& index_, const Tensor& labels_,
+                                                   at::TensorList queues, at::TensorList counts,
+                                                   const optional<Tensor>& excluded, double temperature,
+                                                   double base_temperature, double loss_weight, bool features_grad) {
+  TORCH_CHECK_VALUE(features_.dim() == 2 || features_.dim() == 4, "features must be [P, D] or [B, D, H, W], got ",
+                    features_.sizes());
+  TORCH_CHECK_VALUE(index_.dim() == 1 && labels_.sizes() == index_.sizes(), "index and labels must be [R]");
+  TORCH_CHECK_TYPE(index_.scalar_type() == at::kLong && labels_.scalar_type() == at::kLong,
+                   "index and labels must be int64");
+  TORCH_CHECK_VALUE(queues.size() == counts.size(), "each queue needs counts");
+  const int64_t pixels = features_.numel() / std::max<int64_t>(features_.size(1), 1);
+  TORCH_CHECK_VALUE(index_.numel() == 0 || index_.max().item<int64_t>() < pixels, "index beyond the ", pixels,
+                    " pixels");
+  InfoNCE args;
+  for (size_t q = 0; q < queues.size(); ++q) {
+    check_memory(queues[q], counts[q], std::nullopt);
+    TORCH_CHECK_VALUE(queues[q].size(0) == queues[0].size(0) && queues[q].size(2) == features_.size(1),
+                      "queues must be [C, N, D], got ", queues[q].sizes());
+    args.queues.push_back(queues[q].contiguous());
+    args.counts.push_back(counts[q].contiguous());
+  }
+  if (excluded.has_value()) {
+    TORCH_CHECK_VALUE(excluded->sizes() == index_.sizes(), "excluded must be [R]");
+    TORCH_CHECK_TYPE(excluded->scalar_type() == at::kLong, "excluded must be int64");
+    args.excluded = excluded->contiguous();
+  }
+  const bool channels_last = features_.dim() == 4 && features_.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const auto features =
+      features_.contiguous(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  const auto index = index_.contiguous();
+  args.labels = at::where(index < 0, -1, labels_).contiguous();
+  args.anchors =
+      at::zeros({index.numel(), features.size(1)},
+                features.options().dtype(accumulation(features)).memory_format(at::MemoryFormat::Contiguous));
+  args.temperature = temperature;
+  args.base_temperature = base_temperature;
+  args.loss_weight = loss_weight;
+  args.needs_grad = features_grad;
+  DISPATCH(features, "gather", [&] {
+    using A = Acc<scalar_t>;
+    const auto* from = features.const_data_ptr<scalar_t>();
+    auto* to = args.anchors.data_ptr<A>();
+    for_pixels<scalar_t, A>(features, index,
+                            [&](int64_t pixel, int64_t row) { to[row] = static_cast<A>(from[pixel]); });
+  });
+  const auto result = infonce_cpu(args);
+  auto grad = features_grad ? at::zeros_like(features) : at::empty({0}, features.options());
+  if (features_grad) {
+    DISPATCH(features, "scatter", [&] {
+      using A = Acc<scalar_t>;
+      const auto* from = result.grad.const_data_ptr<A>();
+      auto* to = grad.data_ptr<scalar_t>();
+      for_pixels<scalar_t, A>(features, index,
+                              [&](int64_t pixel, int64_t row) { to[pixel] += static_cast<scalar_t>(from[row]); });
+    });
+  }
+  return {result.loss, result.anchor_loss, result.positives, grad};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(pixcontrast, library) {
   library.def("memory_mean(Tensor queue, Tensor counts, Tensor? weights) -> Tensor");
-  library.def(
-      "memory_mean_backward(Tensor grad_mean, Tensor mean, Tensor queue, Tensor counts, Tensor weights) -> Tensor");
+  library.def("memory_mean_backward(Tensor grad_mean, Tensor queue, Tensor counts, Tensor weights) -> Tensor");
   library.def(
       "positive(Tensor features, Tensor labels, Tensor? weights, Tensor mean, Tensor memory_counts, float loss_weight, "
       "int ignore_index, bool features_grad, bool weights_grad, bool mean_grad) -> "
       "(Tensor loss, Tensor class_loss, Tensor pixels, Tensor unknown, Tensor grad_features, Tensor grad_weights, "
       "Tensor grad_mean)");
+  library.def(
+      "infonce(Tensor features, Tensor index, Tensor labels, Tensor[] queues, Tensor[] counts, Tensor? excluded, "
+      "float temperature, float base_temperature, float loss_weight, bool features_grad) -> "
+      "(Tensor loss, Tensor anchor_loss, Tensor positives, Tensor grad_features)");
 }
 
 TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) {
   library.impl("memory_mean", &memory_mean);
   library.impl("memory_mean_backward", &memory_mean_backward);
   library.impl("positive", &positive);
+  library.impl("infonce", &infonce);
 }
 
 }  // namespace pixcontrast

@@ -31,7 +31,7 @@ struct MemoryMean {
   const T* queue;           // [C, N, D]
   const int64_t* counts;    // [C]  valid rows come first
   const Acc<T>* weights;    // [C, N] logits b, or null: all alike
-  Acc<T>* mean;             // [C, D] m; written by the forward, read by the backward
+  Acc<T>* mean;             // [C, D] m; forward only
   const Acc<T>* grad_mean;  // [C, D] backward only
   Acc<T>* grad_weights;     // [C, N] backward only
 };

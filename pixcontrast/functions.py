@@ -14,17 +14,16 @@ class MemoryMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queue: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
-        mean = torch.ops.pixcontrast.memory_mean(queue, counts, weights)
-        ctx.save_for_backward(queue, counts, weights, mean)
-        return mean
+        ctx.save_for_backward(queue, counts, weights)
+        return torch.ops.pixcontrast.memory_mean(queue, counts, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[None, None, Tensor | None]:
-        queue, counts, weights, mean = ctx.saved_tensors
+        queue, counts, weights = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:
             return None, None, None
-        return None, None, torch.ops.pixcontrast.memory_mean_backward(grad_mean, mean, queue, counts, weights)
+        return None, None, torch.ops.pixcontrast.memory_mean_backward(grad_mean, queue, counts, weights)
 
 
 class Positive(torch.autograd.Function):

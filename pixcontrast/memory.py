@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .reference import unit_rows
+from .select import labels_at
 
 
 class ClassMemory(nn.Module):
@@ -86,8 +87,9 @@ class ClassMemory(nn.Module):
 
         Args:
             rows: ``[P, D]``, or a map ``[B, D, h, w]``; normalised here.
-            labels: ``[P]`` or ``[B, h, w]`` int64; rows with a label outside ``[0, C)`` are left out.
-            scores: in the shape of ``labels``: rows with the highest score are kept. ``None`` keeps the first ones.
+            labels: ``[P]``, or ``[B, H, W]`` at any resolution (brought to ``h, w`` by the nearest rule); int64; rows
+                with a label outside ``[0, C)`` are left out.
+            scores: ``[P]`` or ``[B, h, w]``: rows with the highest score are kept. ``None`` keeps the first ones.
             quota: rows kept of each class (of each image, if ``images`` is given); ``None`` keeps up to ``capacity``.
             images: ``[P]`` or ``[B, h, w]`` int64 in ``[0, num_images)``, the image of each row.
             num_images: how many images ``images`` counts.
@@ -95,6 +97,8 @@ class ClassMemory(nn.Module):
         Raises:
             ValueError: shapes that do not fit together.
         """
+        if rows.dim() == 4 and labels.dim() == 3:
+            labels = labels_at(labels, (rows.shape[2], rows.shape[3]))
         flat_labels = self._checked(rows, labels, scores, quota, images, num_images)
         if flat_labels.shape[0] == 0 and not self._gathers():
             return

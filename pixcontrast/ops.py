@@ -37,7 +37,7 @@ if available():
         return queue.new_empty((queue.shape[0], queue.shape[2]), dtype=_accumulation(queue))
 
     @torch.library.register_fake("pixcontrast::memory_mean_backward")
-    def _(grad_mean: Tensor, mean: Tensor, queue: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    def _(grad_mean: Tensor, queue: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         return torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("pixcontrast::positive")

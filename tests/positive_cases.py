@@ -96,6 +96,14 @@ def relative_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dic
     }
 
 
+def full_case() -> Case:
+    """Two classes, both with pixels and memory, and every weight."""
+    case = next(c for c in map(random_case, range(80)) if len(c.counts) == 2 and c.weights is not None
+                and c.queue_weights is not None and c.features.dim() == 2 and c.counts.min() >= 2)  # fmt: skip
+    assert case.run("reference")[0].loss > 0
+    return case
+
+
 def random_case(seed: int) -> Case:
     """A small case that may have absent classes, classes of one row, ignored pixels, empty and half-full memory.
 
@@ -106,16 +114,17 @@ def random_case(seed: int) -> Case:
     def pick(*options):
         return options[int(torch.randint(len(options), (), generator=g))]
 
-    classes, dim, rows = pick(1, 2, 5, 19, 150), pick(2, 3, 7, 8, 20, 37), pick(1, 2, 6)
+    classes, dim, rows = pick(1, 2, 5, 19, 150), pick(2, 3, 7, 8, 20, 37), pick(2, 3, 6, 6)
     shape = pick((23,), (64,), (1, 5, 7), (2, 3, 4), (3, 1, 17))
     features = torch.randn(shape[0], dim, *shape[1:], generator=g, dtype=torch.float64)
     features = features * torch.empty(shape[0], *[1] * (features.dim() - 1)).uniform_(0.01, 30, generator=g)
     if features.dim() == 4 and pick(True, False):
         features = features.to(memory_format=torch.channels_last)
-    used = pick(classes, max(1, classes // 2))  # the other classes are absent
+    used = pick(classes, min(3, classes), min(7, classes))  # the other classes are absent
     labels = torch.randint(0, used, shape, generator=g)
     labels = torch.where(torch.rand(shape, generator=g) < pick(0.0, 0.2), IGNORE, labels)
-    counts = torch.randint(0, rows + 1, (classes,), generator=g)
+    counts = torch.full((classes,), rows)
+    counts = torch.where(torch.rand(classes, generator=g) < 0.3, torch.randint(0, 3, (classes,), generator=g), counts)
     spread = pick(1.0, 8.0)
     weights = torch.randn(shape, generator=g, dtype=torch.float64) * spread
     queue_weights = torch.randn(classes, rows, generator=g, dtype=torch.float64) * spread

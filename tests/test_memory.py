@@ -66,7 +66,7 @@ def test_map_and_rows_are_the_same() -> None:
     features, labels = torch.randn(2, 4, 3, 5), torch.randint(0, 3, (2, 3, 5))
     scores = torch.randn(2, 3, 5)
     by_map, by_rows = ClassMemory(3, 6, 4), ClassMemory(3, 6, 4)
-    by_map.push(features, labels, scores, quota=4)
+    by_map.push(features, labels.repeat_interleave(4, 1).repeat_interleave(3, 2), scores, quota=4)  # full resolution
     by_rows.push(features.permute(0, 2, 3, 1).reshape(-1, 4), labels.reshape(-1), scores.reshape(-1), quota=4)
     assert torch.equal(by_map.rows, by_rows.rows) and torch.equal(by_map.counts, by_rows.counts)
 

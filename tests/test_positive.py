@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from positive_cases import IGNORE, Case, random_case, relative_errors
+from positive_cases import IGNORE, Case, full_case, random_case, relative_errors
 
 from pixcontrast.functional import memory_mean, positive_contrast
 from pixcontrast.reference import accumulation_dtype
@@ -57,15 +57,16 @@ def test_rounding_errors_are_no_larger_than_those_of_the_reference(seed: int, dt
     for name, error in relative_errors(results, truth).items():
         assert results[name].dtype == expected[name].dtype
         # one rounding of the result is never an error; beyond it, sums in another order may differ a little
-        assert error <= 2 * allowed[name] + torch.finfo(results[name].dtype).eps, name
+        assert error <= 3 * allowed[name] + torch.finfo(results[name].dtype).eps, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_random_cases_reach_every_special_case(backend: str) -> None:
-    seen = set()
+    seen, with_loss = set(), 0
     for seed in range(80):
         case = random_case(seed)
         output, _ = case.run(backend)
+        with_loss += bool(output.loss > 0)
         pixels, counts = output.pixels, case.counts
         expected = [int((case.labels == c).sum()) for c in range(len(counts))]
         assert pixels.tolist() == expected
@@ -79,6 +80,7 @@ def test_the_random_cases_reach_every_special_case(backend: str) -> None:
             seen |= {"channels_last"}
         unused = (pixels < 2) | (counts < 2)
         assert (output.class_loss[unused] == 0).all()
+    assert with_loss >= 70
     assert {"absent class", "one-row class", "empty memory", "one memory row", "ignored"} <= seen
     assert {"2-d", "4-d", "channels_last", "C=1", "C=150"} <= seen
 
@@ -143,7 +145,7 @@ def test_every_instruction_set_agrees(capability: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("incoming", [0.0, 0.25, -3.0])
 def test_incoming_gradient_scales_everything(backend: str, incoming: float) -> None:
-    case = random_case(3)
+    case = full_case()
     _, ones = case.run(backend)
     _, scaled = case.run(backend, incoming)
     for name in ("features", "weights", "queue_weights"):
@@ -151,7 +153,7 @@ def test_incoming_gradient_scales_everything(backend: str, incoming: float) -> N
 
 
 def test_backward_twice_gives_the_same_gradient_twice() -> None:
-    case = random_case(3)
+    case = full_case()
     features, weights, _ = case.leaves()
     loss = positive_contrast(features, case.labels, case.queue, weights=weights, ignore_index=IGNORE).loss
     (first,) = torch.autograd.grad(loss, features, grad_outputs=torch.tensor(0.5).double(), retain_graph=True)
@@ -164,7 +166,7 @@ def test_backward_twice_gives_the_same_gradient_twice() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("logit", [1e4, -1e4])
 def test_extreme_logits(logit: float, backend: str, dtype: torch.dtype) -> None:
-    base = random_case(3)
+    base = full_case()
     spread = torch.linspace(-1, 1, base.labels.numel(), dtype=torch.float64).reshape(base.labels.shape)
     queue_spread = torch.linspace(-1, 1, base.queue_weights.numel(), dtype=torch.float64).view_as(base.queue_weights)
     case = replace(base, weights=logit + spread, queue_weights=logit + queue_spread).to(dtype)
@@ -195,8 +197,24 @@ def test_ignored_pixels_may_be_anything(backend: str, memory_format: torch.memor
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ignored_label_may_be_one_of_the_classes(backend: str) -> None:
+    case = full_case()
+    keep = case.labels == 1
+    expected = positive_contrast(case.features[keep], case.labels[keep], case.queue, queue_counts=case.counts).loss
+    loss = positive_contrast(
+        case.features,
+        torch.where(keep, 1, 0),
+        case.queue,
+        queue_counts=case.counts,
+        ignore_index=0,
+        backend=backend,
+    ).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert loss > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_rows_count_as_zero_and_get_no_gradient(backend: str) -> None:
-    case = random_case(5)
     rows = torch.randn(6, 4, dtype=torch.float64)
     rows[2] = 0
     rows[3] = 1e-20
@@ -230,9 +248,9 @@ def test_nothing_to_contrast_gives_a_connected_zero(backend: str, what: str) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("seed", [3, 7, 11])
-def test_gradcheck(seed: int, backend: str) -> None:
-    case = random_case(seed)
+@pytest.mark.parametrize("shape", [(12,), (1, 3, 4)])
+def test_gradcheck(shape: tuple[int, ...], backend: str) -> None:
+    case = large_case(shape=shape, classes=3, dim=5).to(torch.float64)
     features, weights, queue_weights = case.leaves()
 
     def loss(features, weights, queue_weights):
@@ -254,7 +272,7 @@ def test_opcheck(seed: int, dtype: torch.dtype) -> None:
     mean = library.memory_mean(case.queue, case.counts, queue_weights)
     torch.library.opcheck(library.memory_mean.default, (case.queue, case.counts, queue_weights))
     torch.library.opcheck(
-        library.memory_mean_backward.default, (torch.randn_like(mean), mean, case.queue, case.counts, queue_weights)
+        library.memory_mean_backward.default, (torch.randn_like(mean), case.queue, case.counts, queue_weights)
     )
     weights = torch.randn(case.labels.shape, dtype=sums)
     for needs in ((True, True, True), (False, False, False), (True, False, True)):

@@ -126,8 +126,69 @@ PIXCONTRAST_TARGET void score(const A* logit, const A* shift, int64_t count, A* 
   }
 }
 
+// Sums and products of numbers that may be added in any order, in as many strands as a vector has lanes.
 template <class A>
-const RowKernels<A> table = {square_and_dot<A>, combine<A>, accumulate<A>, score<A>};
+PIXCONTRAST_TARGET A sum(const A* x, int64_t count) {
+  using V = Vector<A>;
+  typename V::type s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * V::lanes <= count; i += 2 * V::lanes) {
+    s0 += LOAD(x + i);
+    s1 += LOAD(x + i + V::lanes);
+  }
+  A total = sum_of<A>(s0 + s1);
+  for (; i < count; ++i) total += x[i];
+  return total;
+}
+
+template <class A>
+PIXCONTRAST_TARGET A largest(const A* z, int64_t count) {
+  constexpr int64_t strands = 4 * Vector<A>::lanes;
+  A top[strands];
+  for (int64_t k = 0; k < strands; ++k) top[k] = z[0];
+  int64_t i = 0;
+  for (; i + strands <= count; i += strands) {
+    for (int64_t k = 0; k < strands; ++k) top[k] = z[i + k] > top[k] ? z[i + k] : top[k];
+  }
+  for (; i < count; ++i) top[0] = z[i] > top[0] ? z[i] : top[0];
+  for (int64_t k = 1; k < strands; ++k) top[0] = top[k] > top[0] ? top[k] : top[0];
+  return top[0];
+}
+
+template <class A>
+PIXCONTRAST_TARGET A exponentials(A* z, int64_t count, A scale, A shift) {
+  for (int64_t i = 0; i < count; ++i) z[i] = exp_nonpositive(z[i] * scale - shift);
+  return sum(z, count);
+}
+
+template <class A>
+PIXCONTRAST_TARGET A positives(A* z, int64_t count, A scale, A away, A* softplus) {
+  // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); the factors 1 + e^-|x| lie in (1, 2], so many have one logarithm
+  // together
+  constexpr int64_t block = 64;
+  A total = 0;
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t size = count - first < block ? count - first : block;
+    A factor[block], above[block];
+    A* const x = z + first;
+    for (int64_t i = 0; i < size; ++i) {
+      const A difference = away - x[i] * scale, distance = difference < 0 ? -difference : difference;
+      const A e = exp_nonpositive(-distance);
+      above[i] = difference < 0 ? A(0) : difference;
+      factor[i] = A(1) + e;
+      x[i] = (difference < 0 ? e : A(1)) / (A(1) + e);
+    }
+    A product = 1;
+    for (int64_t i = 0; i < size; ++i) product *= factor[i];
+    *softplus += sum(above, size) + std::log(product);
+    total += sum(x, size);
+  }
+  return total;
+}
+
+template <class A>
+const RowKernels<A> table = {square_and_dot<A>, combine<A>,      accumulate<A>, score<A>,
+                             largest<A>,        exponentials<A>, positives<A>};
 
 #undef LOAD
 #undef STORE
