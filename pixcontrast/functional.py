@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
-from .functions import MemoryMean, Positive
+from .functions import InfoNCE, MemoryMean, Positive
+from .select import Anchors
 
 BACKENDS = ("auto", "extension", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -140,6 +142,79 @@ def positive_contrast(
     check_label_values(labels, classes, ignore_index, "labels")
     labels = torch.where(labels == ignore_index, -1, labels)
     return PositiveOutput(*reference.positive(features, labels, weights, mean, queue_counts, loss_weight))
+
+
+class InfoNCEOutput(NamedTuple):
+    """Result of :func:`infonce_contrast`."""
+
+    loss: Tensor
+    """Scalar in the accumulation dtype."""
+    anchor_loss: Tensor
+    """``[R]``: loss of each anchor, 0 where it takes no part. No gradient."""
+    positives: Tensor
+    """``[R]`` int64: positives of each anchor."""
+
+
+def infonce_contrast(
+    features: Tensor,
+    anchors: Anchors,
+    queues: Sequence[Tensor] = (),
+    *,
+    queue_counts: Sequence[Tensor] | None = None,
+    excluded: Tensor | None = None,
+    temperature: float = 0.1,
+    base_temperature: float = 0.07,
+    loss_weight: float = 1.0,
+    backend: str = "auto",
+) -> InfoNCEOutput:
+    """Pixel InfoNCE of some pixels with queues, or with each other; see :func:`pixcontrast.reference.infonce`.
+
+    Args:
+        features: ``[P, D]`` or ``[B, D, H, W]``, used as they are (normalise them before).
+        anchors: which pixels, of which class.
+        queues: ``[C, N_q, D]`` each, constants; none: the anchors contrast each other.
+        queue_counts: ``[C]`` int64 each, valid rows of each class; ``None``: all.
+        excluded: ``[R]`` int64, a key of the own class that is no positive (-1: none).
+        temperature: divides the similarities.
+        base_temperature: the loss is multiplied by ``temperature / base_temperature``.
+        loss_weight: factor of the loss.
+        backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+    Returns:
+        :class:`InfoNCEOutput`. The gradient reaches ``features`` alone.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named.
+    """
+    _check_float("features", features)
+    if features.dim() not in (2, 4):
+        raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
+    for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    for queue in queues:
+        _check_float("queue", queue)
+        if queue.dim() != 3 or queue.shape[2] != features.shape[1] or queue.shape[0] != queues[0].shape[0]:
+            raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
+        if queue.device != features.device:
+            raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
+    if queue_counts is None:
+        queue_counts = [torch.full((q.shape[0],), q.shape[1], dtype=torch.int64, device=q.device) for q in queues]
+    for queue, counts in zip(queues, queue_counts, strict=True):
+        _check_like("counts", counts, (queue.shape[0],), queue.device)
+        _check_int64("counts", counts)
+    constants = [queue.detach() for queue in queues]
+    if uses_extension(backend, features.device):
+        return InfoNCEOutput(
+            *InfoNCE.apply(
+                features, *anchors, excluded, temperature, base_temperature, loss_weight, *constants, *queue_counts
+            )
+        )
+    return InfoNCEOutput(
+        *reference.infonce(
+            features, *anchors, constants, queue_counts, excluded, temperature, base_temperature, loss_weight
+        )
+    )
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,9 +57,47 @@ class Positive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        unscaled = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
-        features, weights, mean = (
-            None if not needed else grad if unscaled else grad * grad_loss.to(grad.dtype)
-            for needed, grad in zip(ctx.needs, ctx.saved_tensors, strict=True)
-        )
+        features, weights, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
         return features, None, weights, mean, None, None, None
+
+
+class InfoNCE(torch.autograd.Function):
+    """Loss and gradient of InfoNCE in one stream over the keys, see :func:`pixcontrast.reference.infonce`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        index: Tensor,
+        labels: Tensor,
+        excluded: Tensor | None,
+        temperature: float,
+        base_temperature: float,
+        loss_weight: float,
+        *queues_and_counts: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        half = len(queues_and_counts) // 2
+        queues, counts = list(queues_and_counts[:half]), list(queues_and_counts[half:])
+        ctx.needs = (ctx.needs_input_grad[0],)
+        loss, anchor_loss, positives, grad = torch.ops.pixcontrast.infonce(
+            features, index, labels, queues, counts, excluded, temperature, base_temperature, loss_weight, *ctx.needs
+        )
+        ctx.save_for_backward(grad)
+        ctx.inputs = 7 + len(queues_and_counts)
+        ctx.mark_non_differentiable(anchor_loss, positives)
+        return loss, anchor_loss, positives
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (features,) = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        return features, *[None] * (ctx.inputs - 1)
+
+
+def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], incoming: Tensor) -> list[Tensor | None]:
+    """Gradients times the incoming one; as they are where that is one, which is looked up only where it is free."""
+    one = not torch.compiler.is_compiling() and incoming.device.type == "cpu" and incoming.item() == 1
+    return [
+        None if not need else grad if one else grad * incoming.to(grad.dtype)
+        for need, grad in zip(needed, grads, strict=True)
+    ]

@@ -64,3 +64,24 @@ if available():
             features.new_empty(labels.shape if weights_grad else 0, dtype=dtype),
             torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
         )
+
+    @torch.library.register_fake("pixcontrast::infonce")
+    def _(
+        features: Tensor,
+        index: Tensor,
+        labels: Tensor,
+        queues: list[Tensor],
+        counts: list[Tensor],
+        excluded: Tensor | None,
+        temperature: float,
+        base_temperature: float,
+        loss_weight: float,
+        features_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = _accumulation(features)
+        return (
+            features.new_empty((), dtype=dtype),
+            features.new_empty(index.shape, dtype=dtype),
+            torch.empty_like(index),
+            torch.empty_like(features) if features_grad else features.new_empty(0),
+        )

@@ -7,10 +7,13 @@ Notation (Alonso et al., ICCV 2021, Eq. 8, written as inner products of means)::
     L_c  = sum_ij w_i v_j (1 - cos(f_i, z_j)) = 1 - <u_c, m_c>,  u_c = sum_i w_i f_i/|f_i|,  m_c = sum_j v_j z_j/|z_j|
     loss = loss_weight / C * sum_c L_c        over classes with at least two feature rows and two memory rows
 
-Sums run in float32 (float64 for float64 inputs). A row whose norm is below ``NORM_FLOOR`` counts as the zero vector.
+InfoNCE is described at :func:`infonce`. Sums run in float32 (float64 for float64 inputs). A row whose norm is below
+``NORM_FLOOR`` counts as the zero vector in the positive objective; InfoNCE takes rows as they are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -108,3 +111,80 @@ def _class_share(weights: Tensor | None, index: Tensor, valid: Tensor, num_class
         score = torch.where(valid, torch.exp(torch.where(valid, log_sigma - top[index], 0)), 0)
     total = torch.zeros(num_classes, dtype=dtype, device=index.device).index_add(0, index, score)
     return score / total[index].clamp_min(torch.finfo(dtype).tiny)
+
+
+def infonce(
+    features: Tensor,
+    index: Tensor,
+    labels: Tensor,
+    queues: Sequence[Tensor] = (),
+    counts: Sequence[Tensor] = (),
+    excluded: Tensor | None = None,
+    temperature: float = 0.1,
+    base_temperature: float = 0.07,
+    loss_weight: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """InfoNCE with one denominator for each positive (Wang et al., ICCV 2021, as their code computes it)::
+
+        z_ij   = <x_i, k_j> / temperature                       rows are not normalised here
+        loss_i = 1/P_i sum_pos ( log(e^z_ij + sum_neg e^z_in) - z_ij )
+        loss   = loss_weight * temperature / base_temperature * mean_i loss_i      over anchors with a positive
+
+    Keys are the valid rows of the queues (constants), or, without a queue, the other anchors, with gradient on both
+    sides.
+
+    Args:
+        features: ``[P, D]`` or ``[B, D, H, W]``.
+        index: ``[R]`` int64, the pixel of each anchor, below 0 for none.
+        labels: ``[R]`` int64, the class of each anchor; outside ``[0, C)`` it takes no part.
+        queues, counts: ``[C, N_q, D]`` and ``[C]`` each; the first ``counts[c]`` rows of class c are valid.
+        excluded: ``[R]`` int64: a key of the anchor's own class that is no positive, counted over the queues one after
+            the other; -1 for none.
+        temperature, base_temperature, loss_weight: see above.
+
+    Returns:
+        The scalar loss, ``loss_i [R]`` (0 for anchors that take no part) and ``P_i [R]`` int64.
+    """
+    dtype = accumulation_dtype(features.dtype)
+    used = (index >= 0) & (labels >= 0)
+    if index.shape[0] == 0 or features.numel() == 0:
+        return features.sum().to(dtype) * 0, labels.new_zeros(index.shape, dtype=dtype), torch.zeros_like(index)
+    anchors = torch.where(used[:, None], as_rows(features)[index.clamp_min(0)], 0).to(dtype)
+    if queues:
+        keys, key_labels, places = _queue_keys(queues, counts, dtype)
+        used = used & (labels < queues[0].shape[0])
+    else:
+        keys, key_labels, places = (
+            anchors,
+            torch.where(used, labels, -1),
+            torch.arange(len(labels), device=index.device),
+        )
+        excluded = places
+    known = used[:, None] & (key_labels >= 0)
+    same = known & (labels[:, None] == key_labels)
+    positive = same if excluded is None else same & (places != excluded[:, None])
+    z = anchors @ keys.t() / temperature
+    lowest = torch.finfo(dtype).min / 4
+    away = torch.logsumexp(torch.where(known & ~same, z, lowest), dim=1, keepdim=True)
+    # log(e^z + e^away) - z; the lower bound stands for "no negatives", where the loss is 0
+    pairs = -logsigmoid(torch.where(positive & (away > lowest / 2), z - away, -lowest))
+    positives = positive.sum(1)
+    anchor_loss = torch.where(positive, pairs, 0).sum(1) / positives.clamp_min(1)
+    mean = anchor_loss.sum() / (positives > 0).sum().clamp_min(1)
+    return mean * (loss_weight * temperature / base_temperature), anchor_loss.detach(), positives
+
+
+def _queue_keys(
+    queues: Sequence[Tensor], counts: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows ``[K, D]`` of the queues, their classes (-1: not valid), their places among the keys of the class."""
+    keys, labels, places = [], [], []
+    before = torch.zeros_like(counts[0])
+    for queue, count in zip(queues, counts, strict=True):
+        step = torch.arange(queue.shape[1], device=queue.device)
+        valid = step < count[:, None]
+        keys.append(torch.where(valid[..., None], queue.detach(), 0).to(dtype).flatten(0, 1))
+        labels.append(torch.where(valid, torch.arange(len(count), device=queue.device)[:, None], -1).reshape(-1))
+        places.append((before[:, None] + step).reshape(-1))
+        before = before + count
+    return torch.cat(keys), torch.cat(labels), torch.cat(places)

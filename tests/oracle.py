@@ -44,3 +44,32 @@ def positive_pairs(
             for v_j, j in zip(v, stored, strict=True):
                 total = total + w_i * v_j * (1 - torch.dot(unit(rows[i]), unit(queue[c, j])))
     return total * loss_weight / classes
+
+
+def infonce_pairs(
+    anchors: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    excluded: list[int],
+    temperature: float,
+    base_temperature: float,
+) -> Tensor:
+    """``T / T_base * mean_i 1/P_i sum_pos -(z_ij - log(e^z_ij + sum_neg e^z_in))``, anchor by anchor and pair by pair.
+
+    ``anchors [R, D]``, ``labels [R]``, ``keys [K, D]``, ``key_labels [K]``; key ``excluded[i]`` is no positive of
+    anchor i. Anchors without positives are left out of the mean.
+    """
+    losses = []
+    for i in range(len(anchors)):
+        z = [torch.dot(anchors[i], keys[k]) / temperature for k in range(len(keys))]
+        negatives = [z[k] for k in range(len(keys)) if key_labels[k] != labels[i]]
+        terms = []
+        for k in range(len(keys)):
+            if key_labels[k] == labels[i] and k != excluded[i]:
+                terms.append(torch.logsumexp(torch.stack([z[k], *negatives]), 0) - z[k])
+        if terms:
+            losses.append(torch.stack(terms).mean())
+    if not losses:
+        return anchors.sum() * 0
+    return torch.stack(losses).mean() * temperature / base_temperature

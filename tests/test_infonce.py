@@ -1,0 +1,228 @@
+"""The operator `infonce` in its three forms: pair loops, readable PyTorch, compiled kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from oracle import infonce_pairs
+from torch import Tensor
+
+from pixcontrast.functional import infonce_contrast
+from pixcontrast.reference import as_rows
+from pixcontrast.select import Anchors
+
+BACKENDS = ("reference", "extension")
+
+
+@dataclass
+class Case:
+    features: Tensor
+    anchors: Anchors
+    queues: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    excluded: Tensor | None = None
+    temperature: float = 0.1
+
+    def run(self, backend: str):
+        leaf = self.features.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        output = infonce_contrast(
+            leaf, self.anchors, self.queues, queue_counts=self.counts, excluded=self.excluded,
+            temperature=self.temperature, backend=backend,
+        )  # fmt: skip
+        output.loss.backward()
+        return output, leaf.grad
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        leaf = self.features.detach().double().requires_grad_()
+        classes = len(self.counts[0]) if self.queues else 1 << 20
+        pixels, labels = self.anchors
+        used = [i for i in range(len(pixels)) if pixels[i] >= 0 and 0 <= labels[i] < classes]
+        anchors, label = as_rows(leaf)[pixels[used]], labels[used]
+        excluded = [-1] * len(used)
+        if not self.queues:
+            keys, key_labels, excluded = anchors, label, list(range(len(used)))
+        else:
+            rows, key_labels = [], []
+            start = {}
+            for c in range(classes):
+                start[c] = len(rows)
+                for queue, count in zip(self.queues, self.counts, strict=True):
+                    rows += list(queue[c, : int(count[c])].double())
+                key_labels += [c] * (len(rows) - start[c])
+            keys = torch.stack(rows) if rows else leaf.new_zeros(0, leaf.shape[1])
+            if self.excluded is not None:
+                excluded = [
+                    start[int(label[n])] + int(self.excluded[i]) if self.excluded[i] >= 0 else -1
+                    for n, i in enumerate(used)
+                ]
+        loss = infonce_pairs(anchors, label, keys, key_labels, excluded, self.temperature, 0.07)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+
+def random_case(seed: int) -> Case:
+    """Few or many classes, unused places, anchors of unknown class, queues in one or two parts, any norm."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*options):
+        return options[int(torch.randint(len(options), (), generator=g))]
+
+    classes, dim = pick(1, 2, 3, 7), pick(1, 3, 8, 19)
+    shape = pick((19,), (2, 3, 4), (1, 5, 3))
+    features = torch.randn(shape[0], dim, *shape[1:], generator=g, dtype=torch.float64) * pick(0.3, 1.0, 20.0)
+    if features.dim() == 4 and pick(True, False):
+        features = features.contiguous(memory_format=torch.channels_last)
+    total = features.numel() // dim
+    places = pick(1, 6, total)
+    pixels = torch.randperm(total, generator=g)[:places]
+    pixels[torch.rand(places, generator=g) < 0.2] = -1
+    labels = torch.randint(0, classes + 1, (places,), generator=g)  # with queues, `classes` is an unknown class
+    labels = torch.where(pixels < 0, -1, labels)
+    case = Case(features, Anchors(pixels, labels), temperature=pick(0.07, 0.5, 1.0))
+    if pick(True, True, False):
+        for _ in range(pick(1, 2)):
+            rows = pick(1, 3, 6)
+            case.queues.append(torch.randn(classes, rows, dim, generator=g, dtype=torch.float64))
+            case.counts.append(torch.randint(0, rows + 1, (classes,), generator=g))
+        if pick(True, False):
+            own = sum(count[labels.clamp(0, classes - 1)] for count in case.counts)
+            drawn = (torch.rand(places, generator=g) * (own + 1)).long() - 1
+            case.excluded = torch.where(labels < classes, drawn, -1)
+    return case
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(120))
+def test_agrees_with_pair_loops_in_float64(seed: int, backend: str) -> None:
+    case = random_case(seed)
+    loss, grad = case.truth()
+    output, result = case.run(backend)
+    assert abs(output.loss - loss) <= 1e-12 * loss.abs()
+    # a gradient that cancels (one channel, one class) is compared with the size of its terms
+    scale = max(float(grad.abs().max()), 1e-3 * float(loss) / case.temperature)
+    assert float((result - grad).abs().max()) <= 1e-12 * scale
+
+
+def test_the_random_cases_reach_every_special_case() -> None:
+    seen = {"loss": 0, "no positives": 0, "no negatives": 0, "excluded": 0, "two queues": 0, "each other": 0}
+    for seed in range(120):
+        case = random_case(seed)
+        output, _ = case.run("extension")
+        seen["loss"] += bool(output.loss > 0)
+        used = case.anchors.pixels >= 0
+        seen["no positives"] += bool((used & (output.positives == 0)).any())
+        seen["no negatives"] += bool(((output.positives > 0) & (output.anchor_loss == 0)).any())
+        seen["excluded"] += case.excluded is not None
+        seen["two queues"] += len(case.queues) == 2
+        seen["each other"] += not case.queues
+    assert seen["loss"] >= 60 and min(seen.values()) >= 5, seen
+
+
+def large_case(dtype: torch.dtype = torch.float32, queue: bool = True) -> Case:
+    g = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(700, 64, generator=g), dim=1).to(dtype)
+    anchors = Anchors(torch.randperm(700, generator=g)[:600], torch.randint(0, 5, (600,), generator=g))
+    if not queue:
+        return Case(features, anchors)
+    rows = torch.nn.functional.normalize(torch.randn(5, 5000, 64, generator=g), dim=2).to(dtype)
+    return Case(features, anchors, [rows], [torch.tensor([5000, 4096, 2049, 1, 3000])])
+
+
+@pytest.mark.parametrize("queue", [True, False])
+def test_many_tiles_agree_with_the_reference(queue: bool) -> None:
+    case = large_case(torch.float64, queue)
+    expected, expected_grad = case.run("reference")
+    output, grad = case.run("extension")
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(output.anchor_loss, expected.anchor_loss, rtol=1e-11, atol=1e-13)
+    assert torch.equal(output.positives, expected.positives)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12 * float(expected_grad.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queue", [True, False])
+def test_rounding_errors_are_no_larger_than_those_of_the_reference(queue: bool, dtype: torch.dtype) -> None:
+    case = large_case(dtype, queue)
+    exact = Case(case.features.double(), case.anchors, [q.double() for q in case.queues], case.counts)
+    truth, true_grad = exact.run("reference")
+    errors = []
+    for backend in BACKENDS:
+        output, grad = case.run(backend)
+        assert grad.dtype == dtype and output.loss.dtype == torch.float32
+        errors.append(
+            (abs(output.loss - truth.loss) / truth.loss, (grad - true_grad).abs().max() / true_grad.abs().max())
+        )
+    (loss_allowed, grad_allowed), (loss_error, grad_error) = errors
+    assert loss_error <= 3 * loss_allowed + torch.finfo(torch.float32).eps
+    assert grad_error <= 3 * grad_allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queue", [True, False])
+def test_large_norms_and_small_temperatures_stay_finite(queue: bool, backend: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        case = large_case(dtype, queue)
+        for scale, temperature in ((1.0, 0.001), (300.0, 0.07), (0.0, 0.07)):
+            case.features, case.temperature = large_case(dtype, queue).features * scale, temperature
+            output, grad = case.run(backend)
+            assert output.loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_contrast_gives_a_connected_zero(backend: str) -> None:
+    features = torch.randn(6, 4, requires_grad=True)
+    none = Anchors(torch.full((3,), -1), torch.full((3,), -1))
+    single = Anchors(torch.tensor([0, 2, 4]), torch.tensor([1, 1, 1]))  # one class: no negatives
+    lonely = Anchors(torch.tensor([0, 2, 4]), torch.tensor([0, 1, 2]))  # no positives
+    empty_queue = ([torch.randn(3, 2, 4)], [torch.zeros(3, dtype=torch.int64)])
+    for anchors, (queues, counts) in (
+        (none, ([], [])), (single, ([], [])), (lonely, ([], [])), (single, empty_queue),
+        (Anchors(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), ([], [])),
+    ):  # fmt: skip
+        features.grad = None
+        loss = infonce_contrast(features, anchors, queues, queue_counts=counts, backend=backend).loss
+        assert loss.item() == 0
+        loss.backward()
+        assert (features.grad == 0).all()
+
+
+@pytest.mark.parametrize("queue", [True, False])
+def test_gradcheck(queue: bool) -> None:
+    case = next(c for c in map(random_case, range(120)) if bool(c.queues) == queue and c.run("extension")[0].loss > 0)
+
+    def loss(features: Tensor) -> Tensor:
+        return infonce_contrast(features, case.anchors, case.queues, queue_counts=case.counts, temperature=1.0).loss
+
+    assert torch.autograd.gradcheck(loss, case.features.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype: torch.dtype) -> None:
+    for case in (large_case(dtype), large_case(dtype, queue=False)):
+        for needs in (True, False):
+            torch.library.opcheck(
+                torch.ops.pixcontrast.infonce.default,
+                (case.features, *case.anchors, case.queues, case.counts, None, 0.1, 0.07, 1.0, needs),
+            )
+
+
+def test_a_pixel_may_be_an_anchor_twice() -> None:
+    features = torch.randn(6, 4, dtype=torch.float64)
+    case = Case(features, Anchors(torch.tensor([0, 0, 2, 4]), torch.tensor([0, 0, 1, 1])))
+    assert torch.allclose(case.run("extension")[1], case.run("reference")[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"queues": [torch.randn(2, 3, 5)]}, r"queue must be \[C, N, D=4\], got \(2, 3, 5\)"),
+        ({"features": torch.randn(4)}, r"features must be \[P, D\] or \[B, D, H, W\], got \(4,\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+    arguments = {"features": torch.randn(6, 4), "anchors": Anchors(torch.arange(3), torch.arange(3)), "queues": ()}
+    with pytest.raises(ValueError, match=message):
+        infonce_contrast(**arguments | change)
