@@ -87,8 +87,9 @@ def measure(case_name: str, names: list[str], rounds: int) -> list[dict]:
         milliseconds(case, name)
     for _ in tqdm(range(rounds), desc=case_name, leave=False):
         for name in timed:
-            # the first call after another contender finds its data thrown out of the caches
-            times[name].append(statistics.median(milliseconds(case, name) for _ in range(3)))
+            # the first calls of a turn find caches and heap as another contender left them
+            turn = [milliseconds(case, name) for _ in range(7)]
+            times[name].append(statistics.median(turn[2:]))
     floor = copy_milliseconds(case)
     rows = []
     for name in names:

@@ -102,13 +102,12 @@ void memory_mean_backward_cpu(const MemoryMean<T>& args) {
     A* const grad = args.grad_weights + c * args.capacity;
     const A* const v = share.data() + c * args.capacity;
     std::vector<A> minus_logit(count), rest(count);  // rest = 1 - sigma(b) = sigma(-b)
-    const std::vector<A> zero(count);
     double mean = 0;
     for (int64_t j = 0; j < count; ++j) {
       mean += static_cast<double>(v[j]) * grad[j];
       minus_logit[j] = -args.weights[c * args.capacity + j];
     }
-    kernels.score(minus_logit.data(), zero.data(), count, rest.data());
+    kernels.score(minus_logit.data(), nullptr, count, rest.data());
     for (int64_t j = 0; j < count; ++j) grad[j] = v[j] * rest[j] * static_cast<A>(grad[j] - mean);
     std::fill(grad + count, grad + args.capacity, A(0));
   });

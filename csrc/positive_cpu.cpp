@@ -9,6 +9,7 @@
 #include <c10/util/Half.h>
 
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -19,7 +20,7 @@
 namespace pixcontrast {
 namespace {
 
-constexpr int64_t kMostPieces = 64, kLeastPixels = 64;
+constexpr int64_t kMostPieces = 32, kLeastPixels = 64;
 // Gradients at least this large go past the caches, which cannot hold them beside the features: a quarter less time at
 // 21125 x 256 float32 (21.6 MB) on a Zen 3 with 32 MB of L3.
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;
@@ -41,16 +42,17 @@ class PositiveCpu {
         pieces_(args.layout.pixels,
                 args.grad_mean ? std::min(kMostPieces, args.layout.pixels / (8 * classes_)) : kMostPieces,
                 kLeastPixels),
+        class_(args.layout.pixels),
         factor_(classes_),
         score_(args.weights ? args.layout.pixels : 0),
         cosine_(args.grad_weights ? args.layout.pixels : 0),
         similarity_(pieces_.count * classes_),
-        mean_sum_(args.grad_mean ? pieces_.count * classes_ * dim_ : 0) {}
+        mean_sum_(args.grad_mean ? new A[pieces_.count * classes_ * dim_] : nullptr) {}
 
   void run() {
-    const auto largest = count();
-    weigh(largest);
+    weigh();
     pieces_.run([&](int64_t piece, int64_t begin, int64_t end) {
+      if (mean_sum_) std::fill_n(mean_sum_.get() + piece * classes_ * dim_, classes_ * dim_, A(0));
       args_.layout.map_pixels ? contrast_maps(piece, begin, end) : contrast_rows(piece, begin, end);
       if (stream_) cpu::fence();
     });
@@ -60,98 +62,135 @@ class PositiveCpu {
   }
 
  private:
-  bool known(int64_t label) const { return label >= 0 && label < classes_ && label != args_.ignore_index; }
-
-  // Pixels of each class and labels that are wrong; returns the largest logit of each class.
-  std::vector<A> count() {
-    std::vector<int64_t> pixels(pieces_.count * classes_), unknown(pieces_.count);
-    std::vector<A> largest(args_.weights ? pieces_.count * classes_ : 0, -INFINITY);
+  // Class of each pixel (-1: none), pixels of each class, labels that are wrong, and with weights the scores
+  // w_i = score_[i] * factor_[c], where factor_ is 0 for classes that take no part, else one over the sum of their
+  // scores.
+  void weigh() {
+    const int64_t numbers = pieces_.count * classes_;
+    std::vector<int64_t> pixels(numbers), unknown(pieces_.count);
+    std::vector<A> largest(args_.weights ? numbers : 0, -INFINITY);
+    std::vector<double> total(numbers);
     pieces_.run([&](int64_t piece, int64_t begin, int64_t end) {
-      int64_t* mine = pixels.data() + piece * classes_;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t c = args_.labels[i];
-        if (!known(c)) {
-          unknown[piece] += c != args_.ignore_index;
-          continue;
-        }
-        ++mine[c];
-        if (args_.weights) {
-          A& top = largest[piece * classes_ + c];
-          top = std::max(top, args_.weights[i]);
-        }
-      }
+      unknown[piece] = classify(begin, end, pixels.data() + piece * classes_);
+      if (!args_.weights) return;
+      kernels_.score(args_.weights + begin, nullptr, end - begin, score_.data() + begin);
+      sum_scores(begin, end, total.data() + piece * classes_, largest.data() + piece * classes_);
     });
     *args_.unknown = 0;
-    std::fill_n(args_.pixels, classes_, 0);
-    std::vector<A> top(largest.empty() ? 0 : classes_, -INFINITY);
-    for (int64_t piece = 0; piece < pieces_.count; ++piece) {
-      *args_.unknown += unknown[piece];
-      for (int64_t c = 0; c < classes_; ++c) {
+    std::vector<A> shift(classes_);
+    bool shifted = false;
+    for (int64_t c = 0; c < classes_; ++c) {
+      args_.pixels[c] = 0;
+      A top = -INFINITY;
+      for (int64_t piece = 0; piece < pieces_.count; ++piece) {
         args_.pixels[c] += pixels[piece * classes_ + c];
-        if (!top.empty()) top[c] = std::max(top[c], largest[piece * classes_ + c]);
+        if (args_.weights) top = std::max(top, largest[piece * classes_ + c]);
       }
+      shift[c] = args_.weights && args_.pixels[c] > 0 ? std::min(top, A(0)) : A(0);
+      shifted = shifted || shift[c] < 0;
     }
-    return top;
-  }
-
-  // w_i = score_[i] * factor_[c]: factor_ is 0 for classes that take no part, else one over the sum of their scores.
-  void weigh(const std::vector<A>& largest) {
-    std::vector<double> total(args_.weights ? pieces_.count * classes_ : 0);
-    if (args_.weights) {
+    for (const int64_t count : unknown) *args_.unknown += count;
+    if (shifted) {  // a class all of whose logits are below zero: its scores might underflow together
+      std::fill(total.begin(), total.end(), 0.0);
       pieces_.run([&](int64_t piece, int64_t begin, int64_t end) {
-        std::vector<A> shift(end - begin);
-        for (int64_t i = begin; i < end; ++i) {
-          if (known(args_.labels[i])) shift[i - begin] = std::min(largest[args_.labels[i]], A(0));
-        }
-        kernels_.score(args_.weights + begin, shift.data(), end - begin, score_.data() + begin);
-        for (int64_t i = begin; i < end; ++i) {
-          if (known(args_.labels[i])) total[piece * classes_ + args_.labels[i]] += score_[i];
-        }
+        std::vector<A> shift_of(end - begin);
+        for (int64_t i = begin; i < end; ++i) shift_of[i - begin] = class_[i] >= 0 ? shift[class_[i]] : A(0);
+        kernels_.score(args_.weights + begin, shift_of.data(), end - begin, score_.data() + begin);
+        sum_scores(begin, end, total.data() + piece * classes_, largest.data() + piece * classes_);
       });
     }
     for (int64_t c = 0; c < classes_; ++c) {
       double sum = args_.weights ? 0 : static_cast<double>(args_.pixels[c]);
-      for (int64_t piece = 0; args_.weights && piece < pieces_.count; ++piece) sum += total[piece * classes_ + c];
+      for (int64_t piece = 0; piece < pieces_.count; ++piece) sum += total[piece * classes_ + c];
       const bool active = args_.pixels[c] >= kMinRows && args_.memory_counts[c] >= kMinRows;
       factor_[c] = active ? static_cast<A>(1 / sum) : A(0);
     }
   }
 
-  A share(int64_t i, int64_t c) const { return score_.empty() ? factor_[c] : score_[i] * factor_[c]; }
-  bool active(int64_t i) const { return known(args_.labels[i]) && factor_[args_.labels[i]] != 0; }
+  // The loops over labels copy what they need: the compiler cannot know that writing a result changes no member.
 
-  // One active pixel: x [D] is its row; its gradient goes to out [D] (which may be x) unless that is null.
-  void contrast(int64_t piece, int64_t i, const A* x, A* out) {
-    const int64_t c = args_.labels[i];
-    const A* mean = args_.mean + c * dim_;
-    A square, product;
-    kernels_.square_and_dot(x, mean, dim_, &square, &product);
-    const A norm = std::sqrt(square), weight = share(i, c);
-    const bool zero = norm < A(kNormFloor);
-    const A inverse = zero ? A(0) : 1 / norm, cosine = product * inverse;
-    similarity_[piece * classes_ + c] += weight * cosine;
-    if (args_.grad_weights) cosine_[i] = cosine;
-    A* const sum = args_.grad_mean ? mean_sum_.data() + (piece * classes_ + c) * dim_ : nullptr;
-    if (zero) {
-      if (out) std::fill_n(out, dim_, A(0));
-    } else if (out) {
-      const A towards = -scale_ * weight * inverse;
-      kernels_.combine(towards, mean, -towards * cosine * inverse, x, dim_, stream_, out, weight * inverse, sum);
-    } else if (sum) {
-      kernels_.accumulate(weight * inverse, x, dim_, sum);
+  int64_t classify(int64_t begin, int64_t end, int64_t* pixels) {
+    const int64_t* const labels = args_.labels;
+    const int64_t classes = classes_, ignored = args_.ignore_index;
+    int32_t* const class_of = class_.data();
+    int64_t wrong = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c = labels[i];
+      const bool known = static_cast<uint64_t>(c) < static_cast<uint64_t>(classes) && c != ignored;
+      class_of[i] = known ? static_cast<int32_t>(c) : -1;
+      wrong += !known && c != ignored;
+      if (known) ++pixels[c];
+    }
+    return wrong;
+  }
+
+  void sum_scores(int64_t begin, int64_t end, double* total, A* largest) {
+    const int32_t* const class_of = class_.data();
+    const A *const score = score_.data(), *const weights = args_.weights;
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t c = class_of[i];
+      if (c < 0) continue;
+      total[c] += score[i];
+      largest[c] = std::max(largest[c], weights[i]);
     }
   }
 
+  A share(int64_t i, int64_t c) const { return score_.empty() ? factor_[c] : score_[i] * factor_[c]; }
+  bool active(int64_t i) const { return class_[i] >= 0 && factor_[class_[i]] != 0; }
+
+  // An active pixel between its two sweeps.
+  struct Row {
+    int64_t pixel;
+    const A* x;  // [D]
+    A inverse;   // 1/|f|, 0 for a zero row
+    A weight, cosine;
+  };
+
+  Row look(int64_t piece, int64_t i, const A* x) {
+    const int64_t c = class_[i];
+    A square, product;
+    kernels_.square_and_dot(x, args_.mean + c * dim_, dim_, &square, &product);
+    const A norm = std::sqrt(square), inverse = norm < A(kNormFloor) ? A(0) : 1 / norm;
+    const Row row{i, x, inverse, share(i, c), product * inverse};
+    similarity_[piece * classes_ + c] += row.weight * row.cosine;
+    if (args_.grad_weights) cosine_[i] = row.cosine;
+    return row;
+  }
+
+  // The gradient of the row goes to out [D] (which may be its x) unless that is null.
+  void pull(int64_t piece, const Row& row, A* out) {
+    const int64_t c = class_[row.pixel];
+    A* const sum = mean_sum_ ? mean_sum_.get() + (piece * classes_ + c) * dim_ : nullptr;
+    const A share = row.weight * row.inverse, towards = -scale_ * share, along = -towards * row.cosine * row.inverse;
+    if (row.inverse == 0) {
+      if (out) std::fill_n(out, dim_, A(0));
+    } else if (out) {
+      kernels_.combine(towards, args_.mean + c * dim_, along, row.x, dim_, stream_, out, share, sum);
+    } else if (sum) {
+      kernels_.accumulate(share, row.x, dim_, sum);
+    }
+  }
+
+  // First sweeps of a few rows, then their second ones: the square roots and divisions of the one row then run while
+  // the next is read.
   void contrast_rows(int64_t piece, int64_t begin, int64_t end) {
-    cpu::RowBuffer<T> buffer(dim_);
-    for (int64_t i = begin; i < end; ++i) {
-      T* grad = args_.grad_features ? args_.grad_features + i * dim_ : nullptr;
-      if (active(i)) {
-        const A* x = buffer.read(args_.features + i * dim_);
-        contrast(piece, i, x, grad ? buffer.target(grad) : nullptr);
-        if (grad) buffer.write(grad);
-      } else if (grad) {
-        std::fill_n(grad, dim_, T(0));
+    constexpr int64_t most = 4;
+    std::vector<cpu::RowBuffer<T>> buffers(most, cpu::RowBuffer<T>(dim_));
+    Row rows[most];
+    for (int64_t first = begin; first < end; first += most) {
+      int64_t count = 0;
+      for (int64_t i = first; i < std::min(first + most, end); ++i) {
+        if (active(i)) {
+          rows[count] = look(piece, i, buffers[count].read(args_.features + i * dim_));
+          ++count;
+        } else if (args_.grad_features) {
+          std::fill_n(args_.grad_features + i * dim_, dim_, T(0));
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        T* const grad = args_.grad_features ? args_.grad_features + rows[r].pixel * dim_ : nullptr;
+        pull(piece, rows[r], grad ? buffers[r].target(grad) : nullptr);
+        if (grad) buffers[r].write(grad);
       }
     }
   }
@@ -159,17 +198,22 @@ class PositiveCpu {
   void contrast_maps(int64_t piece, int64_t begin, int64_t end) {
     const int64_t map_pixels = args_.layout.map_pixels;
     cpu::PixelTile<T> tile(dim_);
+    Row rows[cpu::PixelTile<T>::width];
     for (int64_t first = begin; first < end;) {
       const int64_t image = first / map_pixels, inside = first % map_pixels;
       const int64_t count = std::min({tile.width, end - first, map_pixels - inside});
       const int64_t offset = image * dim_ * map_pixels + inside;
       tile.read(args_.features + offset, map_pixels, count);
+      int64_t used = 0;
       for (int64_t p = 0; p < count; ++p) {
         if (active(first + p)) {
-          contrast(piece, first + p, tile.row(p), args_.grad_features ? tile.row(p) : nullptr);
+          rows[used++] = look(piece, first + p, tile.row(p));
         } else {
           std::fill_n(tile.row(p), dim_, A(0));
         }
+      }
+      for (int64_t r = 0; r < used; ++r) {
+        pull(piece, rows[r], args_.grad_features ? tile.row(rows[r].pixel - first) : nullptr);
       }
       if (args_.grad_features) tile.write(args_.grad_features + offset, map_pixels, count);
       first += count;
@@ -191,11 +235,10 @@ class PositiveCpu {
   void finish_weights() {
     pieces_.run([&](int64_t, int64_t begin, int64_t end) {
       std::vector<A> minus_logit(end - begin), rest(end - begin);  // rest = 1 - sigma(a) = sigma(-a)
-      const std::vector<A> zero(end - begin);
       for (int64_t i = begin; i < end; ++i) minus_logit[i - begin] = -args_.weights[i];
-      kernels_.score(minus_logit.data(), zero.data(), end - begin, rest.data());
+      kernels_.score(minus_logit.data(), nullptr, end - begin, rest.data());
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t c = args_.labels[i];
+        const int64_t c = class_[i];
         args_.grad_weights[i] =
             active(i) ? scale_ * share(i, c) * rest[i - begin] * static_cast<A>(similarity_[c] - cosine_[i]) : A(0);
       }
@@ -204,10 +247,13 @@ class PositiveCpu {
 
   void finish_mean() {
     const int64_t numbers = classes_ * dim_;
-    std::fill_n(args_.grad_mean, numbers, A(0));
-    for (int64_t piece = 0; piece < pieces_.count; ++piece) {
-      kernels_.accumulate(-scale_, mean_sum_.data() + piece * numbers, numbers, args_.grad_mean);
-    }
+    cpu::Pieces(numbers, kMostPieces, 256).run([&](int64_t, int64_t begin, int64_t end) {
+      std::fill(args_.grad_mean + begin, args_.grad_mean + end, A(0));
+      for (int64_t piece = 0; piece < pieces_.count; ++piece) {
+        const A* const sum = mean_sum_.get() + piece * numbers;
+        kernels_.accumulate(-scale_, sum + begin, end - begin, args_.grad_mean + begin);
+      }
+    });
   }
 
   const Positive<T>& args_;
@@ -216,11 +262,12 @@ class PositiveCpu {
   const A scale_;
   const bool stream_;
   const cpu::Pieces pieces_;
+  std::vector<int32_t> class_;      // [P] class of the pixel, -1 for none
   std::vector<A> factor_;           // [C]
   std::vector<A> score_;            // [P] with weights
   std::vector<A> cosine_;           // [P] for dLoss/da
   std::vector<double> similarity_;  // [pieces, C] sums of w_i cos_i
-  std::vector<A> mean_sum_;         // [pieces, C, D] for dLoss/dm
+  std::unique_ptr<A[]> mean_sum_;   // [pieces, C, D] for dLoss/dm, set to zero by each piece
 };
 
 }  // namespace

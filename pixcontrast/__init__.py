@@ -7,14 +7,16 @@ contrast with the memory, the loss.
 from . import functional
 from .branch import ContrastBranch
 from .heads import ClassSelectors, MLPHead
-from .loss import ContrastStats, PixelContrastLoss
+from .loss import PixelContrastLoss
 from .memory import ClassMemory
+from .stats import ContrastStats, InfoNCEStats
 
 __all__ = [
     "ClassMemory",
     "ClassSelectors",
     "ContrastBranch",
     "ContrastStats",
+    "InfoNCEStats",
     "MLPHead",
     "PixelContrastLoss",
     "functional",

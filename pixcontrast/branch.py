@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from .functional import check_label_values
 from .heads import ClassSelectors, MLPHead
-from .loss import ContrastStats, PixelContrastLoss
+from .loss import PixelContrastLoss
 from .memory import ClassMemory
 from .reference import as_rows, unit_rows
 from .select import confident, labels_at, logits_at
+from .stats import ContrastStats
 
 VARIANTS = ("paper", "released")
 

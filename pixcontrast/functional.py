@@ -127,20 +127,30 @@ def positive_contrast(
         _check_like("weights", weights, shape, features.device)
         _check_float("weights", weights)
         weights = weights.to(dtype)
+    if queue_weights is not None:
+        _check_like("queue_weights", queue_weights, tuple(queue.shape[:2]), queue.device)
+        _check_float("queue_weights", queue_weights)
+        queue_weights = queue_weights.to(reference.accumulation_dtype(queue.dtype))
     classes, capacity = queue.shape[:2]
     if queue_counts is None:
         queue_counts = torch.full((classes,), capacity, dtype=torch.int64, device=queue.device)
+    _check_like("queue_counts", queue_counts, (classes,), queue.device)
+    _check_int64("queue_counts", queue_counts)
 
-    mean = memory_mean(queue, queue_counts, queue_weights, backend).to(dtype)
+    if not torch.is_grad_enabled():  # a Function is told of leaves that want a gradient all the same
+        features = features.detach()
+        weights, queue_weights = (None if w is None else w.detach() for w in (weights, queue_weights))
+    queue = queue.detach()
     if uses_extension(backend, features.device):
         loss, class_loss, pixels, unknown = Positive.apply(
-            features, labels, weights, mean, queue_counts, loss_weight, ignore_index
+            features, labels, weights, queue, queue_counts, queue_weights, loss_weight, ignore_index
         )
         if not torch.compiler.is_compiling() and unknown.item():
             check_label_values(labels, classes, ignore_index, "labels")
         return PositiveOutput(loss, class_loss, pixels)
     check_label_values(labels, classes, ignore_index, "labels")
     labels = torch.where(labels == ignore_index, -1, labels)
+    mean = reference.memory_mean(queue, queue_counts, queue_weights).to(dtype)
     return PositiveOutput(*reference.positive(features, labels, weights, mean, queue_counts, loss_weight))
 
 
@@ -204,6 +214,7 @@ def infonce_contrast(
         _check_like("counts", counts, (queue.shape[0],), queue.device)
         _check_int64("counts", counts)
     constants = [queue.detach() for queue in queues]
+    features = features if torch.is_grad_enabled() else features.detach()
     if uses_extension(backend, features.device):
         return InfoNCEOutput(
             *InfoNCE.apply(

@@ -28,10 +28,10 @@ class MemoryMean(torch.autograd.Function):
 
 
 class Positive(torch.autograd.Function):
-    """Loss and its gradients in one pass over the features, see :func:`pixcontrast.reference.positive`.
+    """Loss and all its gradients at once, see :func:`pixcontrast.reference.positive`.
 
-    The forward writes the gradients for an incoming gradient of one. The backward hands them on, scaled only if the
-    incoming gradient is another number.
+    The forward writes the gradients for an incoming gradient of one: the features are read once, the memory twice. The
+    backward hands them on, scaled only if the incoming gradient is another number.
     """
 
     @staticmethod
@@ -40,25 +40,30 @@ class Positive(torch.autograd.Function):
         features: Tensor,
         labels: Tensor,
         weights: Tensor | None,
-        mean: Tensor,
-        memory_counts: Tensor,
+        queue: Tensor,
+        counts: Tensor,
+        queue_weights: Tensor | None,
         loss_weight: float,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        loss, class_loss, pixels, unknown, *grads = torch.ops.pixcontrast.positive(
-            features, labels, weights, mean, memory_counts, loss_weight, ignore_index, *needs
+        library = torch.ops.pixcontrast
+        ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[5])
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        mean = library.memory_mean(queue, counts, queue_weights)
+        loss, class_loss, pixels, unknown, grad_features, grad_weights, grad_mean = library.positive(
+            features, labels, weights, mean.to(dtype), counts, loss_weight, ignore_index, *ctx.needs
         )
-        ctx.save_for_backward(*grads)
-        ctx.needs = needs
+        if ctx.needs[2]:
+            grad_mean = library.memory_mean_backward(grad_mean.to(mean.dtype), queue, counts, queue_weights)
+        ctx.save_for_backward(grad_features, grad_weights, grad_mean)
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
         return loss, class_loss, pixels, unknown
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        features, weights, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
-        return features, None, weights, mean, None, None, None
+        features, weights, queue_weights = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        return features, None, weights, None, None, queue_weights, None, None
 
 
 class InfoNCE(torch.autograd.Function):

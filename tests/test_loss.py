@@ -18,7 +18,7 @@ def make_inputs():
 
 def test_memory_and_tensor_queues() -> None:
     features, labels, memory = make_inputs()
-    criterion = PixelContrastLoss("positive")
+    criterion = PixelContrastLoss(objective="positive", ignore_index=255)
     loss = criterion(features, labels, queue=memory)
     small = labels[:, ::4, ::4]
     expected = F.positive_contrast(features, small, memory.rows, queue_counts=memory.counts).loss
@@ -33,7 +33,9 @@ def test_memory_and_tensor_queues() -> None:
 def test_statistics(backend: str) -> None:
     features, labels, memory = make_inputs()
     labels[labels == 2] = 255
-    loss, stats = PixelContrastLoss("positive", backend=backend)(features, labels, queue=memory, return_stats=True)
+    loss, stats = PixelContrastLoss(objective="positive", ignore_index=255, backend=backend)(
+        features, labels, queue=memory, return_stats=True
+    )
     small = labels[:, ::4, ::4]
     assert stats.pixels.tolist() == [int((small == c).sum()) for c in range(3)]
     torch.testing.assert_close(stats.memory_fill, torch.tensor([0.6, 1.0, 0.0]))
@@ -46,24 +48,26 @@ def test_statistics(backend: str) -> None:
 
 def test_loss_weight_is_a_factor_of_loss_and_gradient() -> None:
     features, labels, memory = make_inputs()
-    (PixelContrastLoss("positive")(features, labels, queue=memory) * 0.25).backward()
+    (PixelContrastLoss(objective="positive", ignore_index=255)(features, labels, queue=memory) * 0.25).backward()
     expected, features.grad = features.grad, None
-    PixelContrastLoss("positive", loss_weight=0.25)(features, labels, queue=memory).backward()
+    PixelContrastLoss(objective="positive", ignore_index=255, loss_weight=0.25)(
+        features, labels, queue=memory
+    ).backward()
     torch.testing.assert_close(features.grad, expected)
 
 
 def test_nothing_to_contrast() -> None:
     features, labels, memory = make_inputs()
     labels.fill_(255)
-    assert PixelContrastLoss("positive")(features, labels, queue=memory).item() == 0
+    assert PixelContrastLoss(objective="positive", ignore_index=255)(features, labels, queue=memory).item() == 0
     with pytest.raises(ValueError, match="no class takes part: it needs two pixels"):
-        PixelContrastLoss("positive", on_empty="raise")(features, labels, queue=memory)
+        PixelContrastLoss(objective="positive", ignore_index=255, on_empty="raise")(features, labels, queue=memory)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_into_one_graph(dynamic: bool) -> None:
     torch._dynamo.reset()
-    criterion = PixelContrastLoss("positive")
+    criterion = PixelContrastLoss(objective="positive", ignore_index=255)
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     features, labels, memory = make_inputs()
     weights = torch.randn(2, 4, 6, requires_grad=True)
@@ -100,23 +104,25 @@ def test_wrong_arguments_are_named(backend: str, change: dict, error: type, mess
     arguments = {"features": torch.randn(6, 8), "labels": torch.arange(6) % 3, "queue": torch.randn(3, 5, 8)} | change
     features, labels = arguments.pop("features"), arguments.pop("labels")
     with pytest.raises(error, match=message):
-        PixelContrastLoss("positive", backend=backend)(features, labels, **arguments)
+        PixelContrastLoss(objective="positive", ignore_index=255, backend=backend)(features, labels, **arguments)
 
 
 def test_wrong_options_are_named() -> None:
     with pytest.raises(ValueError, match="objective must be one of .*got 'nothing'"):
-        PixelContrastLoss("nothing")
+        PixelContrastLoss(objective="nothing")
     with pytest.raises(ValueError, match="backend must be one of .*got 'cuda'"):
-        PixelContrastLoss("positive", backend="cuda")
+        PixelContrastLoss(objective="positive", ignore_index=255, backend="cuda")
     with pytest.raises(ValueError, match="on_empty must be one of .*got 'nan'"):
-        PixelContrastLoss("positive", on_empty="nan")
+        PixelContrastLoss(objective="positive", ignore_index=255, on_empty="nan")
 
 
 def test_without_the_extension_the_reference_takes_over(monkeypatch) -> None:
     features, labels, memory = make_inputs()
-    expected = PixelContrastLoss("positive")(features, labels, queue=memory)
+    expected = PixelContrastLoss(objective="positive", ignore_index=255)(features, labels, queue=memory)
     monkeypatch.setattr("pixcontrast.ops._C", None)
     monkeypatch.setattr("pixcontrast.ops.load_error", "not built")
-    torch.testing.assert_close(PixelContrastLoss("positive")(features, labels, queue=memory), expected)
+    torch.testing.assert_close(
+        PixelContrastLoss(objective="positive", ignore_index=255)(features, labels, queue=memory), expected
+    )
     with pytest.raises(RuntimeError, match='backend="extension": it did not load: not built. Rebuild with'):
-        PixelContrastLoss("positive", backend="extension")(features, labels, queue=memory)
+        PixelContrastLoss(objective="positive", ignore_index=255, backend="extension")(features, labels, queue=memory)

@@ -14,9 +14,8 @@ struct RowKernels {
   void (*combine)(A alpha, const A* y, A beta, const A* x, int64_t dim, bool stream, A* out, A gamma, A* sum);
   // sum [D] += alpha * x
   void (*accumulate)(A alpha, const A* x, int64_t dim, A* sum);
-  // Weights of `count` rows of one class, or of rows with a shift each:
-  // score[i] = sigma(logit[i]) / exp(shift[i]), which stays in range when shift[i] is min(largest logit of the class,
-  // 0)
+  // score[i] = sigma(logit[i]) / exp(shift[i]), without shift (null): sigma(logit[i]). With min(largest logit of the
+  // class, 0) as shift, the largest score of a class never underflows.
   void (*score)(const A* logit, const A* shift, int64_t count, A* score);
   // Largest of z [count], count > 0.
   A (*largest)(const A* z, int64_t count);

@@ -15,11 +15,15 @@ struct Vector {
 #define LOAD(pointer) (*reinterpret_cast<const typename Vector<A>::loose*>(pointer))
 #define STORE(pointer, value) (*reinterpret_cast<typename Vector<A>::loose*>(pointer) = (value))
 
+// Halves are added to halves: a chain of log2(lanes) additions instead of one for each lane.
 template <class A>
 PIXCONTRAST_TARGET __attribute__((always_inline)) inline A sum_of(typename Vector<A>::type v) {
-  A total = 0;
-  for (int64_t lane = 0; lane < Vector<A>::lanes; ++lane) total += v[lane];
-  return total;
+  A part[Vector<A>::lanes];
+  STORE(part, v);
+  for (int64_t half = Vector<A>::lanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+  }
+  return part[0];
 }
 
 template <class A>
@@ -30,6 +34,8 @@ PIXCONTRAST_TARGET void square_and_dot(const A* x, const A* y, int64_t dim, A* s
   typename V::type s0{}, s1{}, s2{}, s3{}, p0{}, p1{}, p2{}, p3{};
   int64_t d = 0;
   for (; d + 4 * step <= dim; d += 4 * step) {
+    __builtin_prefetch(x + d + dim);  // the next row, most likely
+    __builtin_prefetch(x + d + dim + 2 * step);
     const auto x0 = LOAD(x + d), x1 = LOAD(x + d + step), x2 = LOAD(x + d + 2 * step), x3 = LOAD(x + d + 3 * step);
     s0 += x0 * x0;
     s1 += x1 * x1;
@@ -117,12 +123,19 @@ PIXCONTRAST_TARGET __attribute__((always_inline)) inline float exp_nonpositive(f
   return e * power;
 }
 
+// sigma(x) / e^shift = e^(min(x,0) - shift) / (1 + e^-|x|)
+template <class A>
+PIXCONTRAST_TARGET __attribute__((always_inline)) inline A score_of(A x, A shift) {
+  const A e = exp_nonpositive((x < 0 ? x : A(0)) - shift);
+  return e / (A(1) + exp_nonpositive(x < 0 ? x : -x));
+}
+
 template <class A>
 PIXCONTRAST_TARGET void score(const A* logit, const A* shift, int64_t count, A* score) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A x = logit[i], negative = x < 0 ? x : A(0), size = x < 0 ? -x : x;
-    // sigma(x) = e^min(x,0) / (1 + e^-|x|)
-    score[i] = exp_nonpositive(negative - shift[i]) / (A(1) + exp_nonpositive(-size));
+  if (shift) {
+    for (int64_t i = 0; i < count; ++i) score[i] = score_of(logit[i], shift[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) score[i] = score_of(logit[i], A(0));
   }
 }
 

@@ -1,0 +1,222 @@
+"""Everything that can be set, as dataclasses; defaults are the paper's values where the paper has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from train.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, how many of them labelled, and what a batch is."""
+
+    dataset: Literal["landcover", "folder"] = "landcover"
+    """landcover: the built-in tiles. folder: your own images, see --root."""
+    root: Path | None = None
+    """Folder with images/, masks/, classes.txt, train.txt and val.txt (dataset folder only)."""
+    labelled: int | float = 0.1
+    """Labelled training images: a count (40) or a fraction (0.1); 1.0 is all, then nothing is left unlabelled."""
+    crop: int = 96
+    """Height and width of the training crops, in pixels."""
+    labelled_batch: int = 8
+    """Labelled images of each step."""
+    unlabelled_batch: int = 4
+    """Unlabelled images of each step; each is augmented twice."""
+    workers: int = 0
+    """Processes that read images; 0 reads in the training process."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and DeepLabV3+ head."""
+
+    encoder: str = "tf_efficientnet_lite0"
+    """Name of a timm encoder; the ImageNet weights of the default come from an installed package."""
+    pretrained: bool = True
+    """Start from ImageNet weights."""
+    output_stride: Literal[8, 16, 32] = 16
+    """Stride of the deepest encoder map."""
+    encoder_maps: tuple[int, int] = (1, 4)
+    """Which of the encoder's five maps go to the decoder (1: stride 4, 2: stride 8) and to ASPP."""
+    atrous_rates: tuple[int, int, int] = (6, 12, 18)
+    """Dilations of the ASPP branches."""
+    aspp_channels: int = 256
+    """Width of ASPP."""
+    skip_channels: int = 48
+    """Width to which the decoder reduces the early map."""
+    decoder_channels: int = 256
+    """Width of the decoder, which is that of the contrastive feature."""
+    aspp_dropout: float = 0.5
+    """Dropout after ASPP."""
+    decoder_dropout: float = 0.1
+    """Dropout before the classifier."""
+    encoder_statistics: Literal["batch", "imagenet"] = "batch"
+    """What the encoder's BatchNorm layers normalise by: batch, as in the paper; or imagenet, for short trainings."""
+    train_encoder_norm: bool = False
+    """Train scale and shift of the encoder's BatchNorm layers too; the paper freezes them."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is learned from which images, from when on, and how strongly."""
+
+    method: Literal["supervised", "pseudo", "contrast"] = "contrast"
+    """supervised: labels only. pseudo: and pseudo-labels of the teacher. contrast: and the class memory."""
+    ramp: int = 2000
+    """Steps in which the weight of the pseudo-labels rises to 1."""
+    memory_start: int = 1000
+    """The memory is filled in steps after this one."""
+    contrast_start: int = 2000
+    """Contrast, ClassMix of unlabelled images and class weights begin after this step."""
+    supervised_weight: float = 1.0
+    """Factor of the cross-entropy on labels."""
+    pseudo_weight: float = 1.0
+    """Factor of the cross-entropy on pseudo-labels."""
+    confidence_power: float = 6.0
+    """Each pseudo-label weighs the teacher's probability to this power."""
+    entropy_weight: float = 0.01
+    """Factor of the entropy of the student on unlabelled images."""
+    contrast_weight: float = 0.1
+    """Factor of the contrast, for labelled and for unlabelled images alike."""
+    class_weights: bool = True
+    """Weigh classes by the square root of the median frequency over theirs."""
+    teacher_mode: Literal["train", "eval"] = "train"
+    """BatchNorm and dropout of the teacher while it labels; the paper leaves it in train mode."""
+    memory_rows: int = 256
+    """Capacity of the memory, in rows of each class."""
+    contrast_dim: int = 256
+    """Width of projection, prediction and memory."""
+    confidence: float = 0.95
+    """A labelled pixel is remembered if the teacher gives its class a probability above this."""
+    variant: Literal["paper", "released"] = "paper"
+    """paper: as described. released: the contrast as the authors' published code computes it."""
+    mix_background: int | None = None
+    """Class that ClassMix does not paste while there are others (0 for VOC)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser, learning rate and length."""
+
+    steps: int = 20000
+    """Length of the training; the learning rate falls to zero over it."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd: with momentum, as in the paper. adamw: for short fine-tuning."""
+    lr: float = 0.01
+    """Learning rate at the start; it falls as (1 - step/steps)^0.9."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 5e-4
+    """Weight decay of every trained tensor."""
+    ema: float = 0.995
+    """Share of the teacher kept in each step at the start; it rises to 1 by a half cosine."""
+    seed: int = 0
+    """Seed of the split, the batches, the augmentation and the initial weights."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where it runs and what it writes; nothing here changes the trained weights."""
+
+    out: Path = Path("runs/fit")
+    """Folder of the run: checkpoints, metrics.jsonl, tensorboard events. A run found there goes on."""
+    device: str = "auto"
+    """auto takes CUDA, then Apple's MPS, then the CPU; or a torch device such as cuda:1."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    evaluate_every: int = 1000
+    """Steps between two evaluations on the validation set; one always follows the last step."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints, which is what a killed run loses at most."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UserError: naming the first such option, what was given and what is expected.
+        """
+        data, method, optim, run = self.data, self.method, self.optim, self.run
+        positive = {
+            "--crop": data.crop,
+            "--labelled-batch": data.labelled_batch,
+            "--steps": optim.steps,
+            "--log-every": run.log_every,
+            "--evaluate-every": run.evaluate_every,
+            "--checkpoint-every": run.checkpoint_every,
+            "--memory-rows": method.memory_rows,
+            "--contrast-dim": method.contrast_dim,
+            "--lr": optim.lr,
+        }
+        for option, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{option} is {value}: give a number above 0")
+        if data.workers < 0:
+            raise UserError(f"--workers is {data.workers}: give 0 or more")
+        # BatchNorm of the image-pooling branch sees one value per image and channel
+        for option, size in (("--labelled-batch", data.labelled_batch), ("--unlabelled-batch", data.unlabelled_batch)):
+            if size < 2 and not (option == "--unlabelled-batch" and method.method == "supervised"):
+                raise UserError(f"{option} is {size}: BatchNorm needs at least 2 images in a batch")
+        if not 0 <= method.confidence < 1:
+            raise UserError(f"--confidence is {method.confidence}: give a probability, at least 0 and below 1")
+        if not 0 <= optim.ema <= 1:
+            raise UserError(f"--ema is {optim.ema}: give a share between 0 and 1")
+        if data.dataset == "folder" and data.root is None:
+            raise UserError("--dataset folder needs --root, the folder with images/, masks/ and classes.txt")
+
+
+def to_plain(config: Any) -> Any:
+    """A dataclass as nested dicts of numbers, strings, lists and None, for files."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple):
+        return [to_plain(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_plain(plain: dict[str, Any]) -> FitConfig:
+    """The inverse of :func:`to_plain` for :class:`FitConfig`.
+
+    Raises:
+        UserError: a part or a field that this version does not know, or one that is missing.
+    """
+    parts = {"data": DataConfig, "model": ModelConfig, "method": MethodConfig, "optim": OptimConfig, "run": RunConfig}
+    paths = {"root", "out"}
+    try:
+        built: dict[str, Any] = {}
+        for name, part in parts.items():
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain[name].items()}
+            for path in paths & values.keys():
+                values[path] = None if values[path] is None else Path(values[path])
+            built[name] = part(**values)
+        return FitConfig(**built)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"configuration of another version ({error}): train again with this version") from error
+
+
+def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Fields (``"optim.lr 0.01 -> 0.02"``) in which two plain configurations would train different weights."""
+    free = {"run", "data.workers", "data.root"}
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return [
+        f"{name} {flat_old.get(name)} -> {flat_new.get(name)}"
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(name) != flat_new.get(name) and name not in free and name.split(".")[0] not in free
+    ]
+
+
+def _flatten(plain: dict[str, Any]) -> dict[str, Any]:
+    return {f"{part}.{name}": value for part, values in plain.items() for name, value in values.items()}

@@ -1,0 +1,128 @@
+"""Intersection over union of a network on a data set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from train.checkpoint import config_of, read_checkpoint
+from train.data import SegmentationDataset, open_dataset
+from train.errors import UserError
+from train.models import Learner, resize
+from train.step import to_float
+from train.training import build_learner
+
+
+@dataclass(frozen=True)
+class Scores:
+    """IoU by name of the class, 0..1, NaN where it occurs neither in labels nor in predictions; and their mean."""
+
+    iou: dict[str, float]
+    miou: float
+
+
+@torch.no_grad()
+def predict(learner: Learner, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Class ids [H, W] int64 of one ``image`` [3, H, W] uint8, in evaluation mode.
+
+    Args:
+        size: resolution of the result, that of the image unless given; logits are upsampled to it before the argmax.
+    """
+    was_training = learner.training
+    learner.eval()
+    logits, _ = learner(to_float(image)[None])
+    learner.train(was_training)
+    return resize(logits, size or image.shape[-2:]).argmax(1)[0]
+
+
+def evaluate(learner: Learner, dataset: SegmentationDataset, device: torch.device | str = "cpu") -> Scores:
+    """Evaluate on whole images, one at a time, single scale; the mean is over all classes that occur.
+
+    Neither the network nor any random state is changed.
+    """
+    matrix = MulticlassConfusionMatrix(len(dataset.classes), ignore_index=dataset.ignore_index).to(device)
+    for index in range(len(dataset)):
+        image, mask = dataset[index]
+        prediction = predict(learner, image.to(device), (mask.shape[0], mask.shape[1]))
+        matrix.update(prediction, mask.to(device))
+    return scores_of(matrix.compute(), dataset.classes)
+
+
+def scores_of(confusion: Tensor, classes: tuple[str, ...]) -> Scores:
+    """Scores from a confusion matrix [C, C] of pixel counts: rows are labels, columns are predictions."""
+    confusion = confusion.double()
+    hits = confusion.diag()
+    iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    return Scores(dict(zip(classes, iou.tolist(), strict=True)), float(iou.nanmean()))
+
+
+def scores_table(columns: dict[str, Scores]) -> str:
+    """Markdown table of IoU in percent: a row for each class and the mean, a column for each entry of ``columns``."""
+    rows = [["IoU, %", *columns], ["---", *["---:"] * len(columns)]]
+    classes = next(iter(columns.values())).iou
+    rows += [[name, *(percent(scores.iou[name]) for scores in columns.values())] for name in classes]
+    rows.append(["**mean**", *(f"**{percent(s.miou)}**" for s in columns.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def percent(share: float) -> str:
+    """0.4321 as ``43.2``; NaN, of a class that does not occur, as a dash."""
+    return "–" if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def evaluate_checkpoint(
+    path: Path, split: str = "val", root: Path | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Scores]:
+    """Scores of the networks in the checkpoint at ``path``.
+
+    Args:
+        split: ``train`` or ``val``.
+        root: folder of the data; that of the training unless given.
+        device: where to compute.
+
+    Raises:
+        UserError: an unreadable checkpoint or data set, or data with other classes.
+    """
+    learners, content = load_learners(path, device)
+    data = config_of(content, path).data
+    dataset = open_dataset(data.dataset, split, root or data.root)
+    if list(dataset.classes) != content["data"]["classes"]:
+        raise UserError(
+            f"checkpoint {path} knows the classes {content['data']['classes']}, the data set has "
+            f"{list(dataset.classes)}: give the --root of the data it was trained on"
+        )
+    return {name: evaluate(learner, dataset, device) for name, learner in learners.items()}
+
+
+def load_learners(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Learner], dict[str, Any]]:
+    """Read the networks of a checkpoint.
+
+    Returns:
+        ``student`` and, unless the method is ``supervised``, ``teacher``; and the checkpoint's content.
+
+    Raises:
+        UserError: an unreadable checkpoint, or one that does not fit this version.
+    """
+    content = read_checkpoint(path)
+    config = config_of(content, path)
+    # the checkpoint has all the weights, so those of ImageNet need not be found
+    config = replace(config, model=replace(config.model, pretrained=False))
+    data, states = content["data"], {"student": "learner", "teacher": "teacher"}
+    if config.method.method == "supervised":
+        del states["teacher"]
+    learners = {}
+    for name, key in states.items():
+        learner = build_learner(config, len(data["classes"]), data["ignore_index"], data["labelled"])
+        try:
+            learner.load_state_dict(content["training"][key])
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"checkpoint {path} does not fit this version of the program ({reason})") from error
+        learners[name] = learner.to(device)
+    return learners, content

@@ -1,0 +1,111 @@
+"""The training loop: steps, and between them logs, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from train.checkpoint import save_checkpoint
+from train.config import FitConfig
+from train.errors import UserError
+from train.evaluate import Scores, evaluate
+from train.interrupt import CatchInterrupt, Interrupted
+from train.logs import MetricsLog
+from train.session import Session, open_session
+from train.step import training_step
+from train.training import Training
+
+
+def fit(config: FitConfig) -> dict[str, Scores]:
+    """Train until ``config.optim.steps``, from the checkpoint in ``config.run.out`` if there is one.
+
+    Returns:
+        scores on the validation set of ``student`` and, unless the method is ``supervised``, ``teacher``.
+
+    Raises:
+        UserError: options, data or a checkpoint that cannot be used; a loss that is not finite.
+        Interrupted: on SIGINT, after the step was finished and saved.
+    """
+    session = open_session(config)
+    if session.training.step >= config.optim.steps:
+        return evaluate_all(session)
+    try:
+        config.run.out.mkdir(parents=True, exist_ok=True)
+        log = MetricsLog(config.run.out, session.training.step)
+    except OSError as error:
+        raise UserError(f"run folder {config.run.out} cannot be written ({error}): choose another --out") from error
+    try:
+        with CatchInterrupt() as interrupt:
+            return _loop(session, log, interrupt)
+    finally:
+        log.close()
+
+
+def _loop(session: Session, log: MetricsLog, interrupt: CatchInterrupt) -> dict[str, Scores]:
+    training, classes, batches = session.training, session.validation.classes, session.batches()
+    run, steps = training.config.run, training.config.optim.steps
+    scores: dict[str, Scores] = {}
+    slow = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no new line every half second
+    with tqdm(total=steps, initial=training.step, desc=run.out.name, unit="step", mininterval=slow) as progress:
+        while training.step < steps:
+            start = time.perf_counter()
+            losses = training_step(training, *next(batches))
+            last = training.step == steps
+            numbers: dict[str, float] = {}
+            if last or training.step % run.log_every == 0:
+                numbers |= log_numbers(training, losses, classes)
+                numbers["time/step_seconds"] = time.perf_counter() - start
+                miou = f", mIoU {100 * scores['student'].miou:.1f}" if scores else ""
+                progress.set_postfix_str(f"loss {numbers['loss/total']:.3f}{miou}", refresh=False)
+            if last or training.step % run.evaluate_every == 0:
+                scores = evaluate_all(session)
+                numbers |= score_numbers(scores)
+            if numbers:
+                log.write(training.step, numbers)
+            if last or interrupt.requested or training.step % run.checkpoint_every == 0:
+                save_checkpoint(session.checkpoint, training, session.data)
+            progress.update()
+            if interrupt.requested and not last:
+                raise Interrupted(
+                    f"interrupted after step {training.step} of {steps}, saved in {session.checkpoint}; to go on, "
+                    f"run the same command again: {shlex.join(['python', '-m', 'train', *sys.argv[1:]])}"
+                )
+    return scores
+
+
+def log_numbers(training: Training, losses: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, float]:
+    """Losses, learning rate and fill of the memory as numbers. Only here does the training wait for the device.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    numbers = {f"loss/{name}": float(loss) for name, loss in losses.items()}
+    if not torch.isfinite(losses["total"]):
+        raise UserError(f"the loss is {numbers['loss/total']} after step {training.step}: try a lower --lr")
+    numbers["schedule/lr"] = float(training.schedule.get_last_lr()[0])
+    if training.learner.branch is not None:
+        fill = training.learner.branch.memory.fill.tolist()
+        numbers |= {f"memory_fill/{name}": share for name, share in zip(classes, fill, strict=True)}
+    return numbers
+
+
+def evaluate_all(session: Session) -> dict[str, Scores]:
+    """Scores of the student and, where the method uses it, of the teacher."""
+    training = session.training
+    scores = {"student": evaluate(training.learner, session.validation, session.device)}
+    if training.config.method.method != "supervised":
+        scores["teacher"] = evaluate(training.teacher, session.validation, session.device)
+    return scores
+
+
+def score_numbers(scores: dict[str, Scores]) -> dict[str, float]:
+    """Scores under their names in the log."""
+    numbers = {f"miou/{network}": score.miou for network, score in scores.items()}
+    for network, score in scores.items():
+        numbers |= {f"iou_{network}/{name}": iou for name, iou in score.iou.items()}
+    return numbers

@@ -1,0 +1,80 @@
+"""The losses on logits: cross-entropy on labels, cross-entropy on pseudo-labels, entropy. All are pure functions.
+
+Each of them is a zero that is connected to the graph where no pixel takes part.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def supervised_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, ignore_index: int) -> Tensor:
+    """Weighted mean cross-entropy over labelled pixels: ``sum_p a[y_p] ce_p / sum_p a[y_p]``.
+
+    Args:
+        logits: [B, C, H, W].
+        labels: [B, H, W] int64 in 0..C-1, or ``ignore_index``.
+        class_weights: a, [C], in the dtype of the logits.
+        ignore_index: label of pixels that do not count.
+
+    Returns:
+        a scalar.
+    """
+    total = F.cross_entropy(logits, labels, class_weights, ignore_index=ignore_index, reduction="sum")
+    weights = _weight_of_label(labels, class_weights, ignore_index).sum()
+    # Without a labelled pixel both sums are zero; any divisor above zero then gives the zero we want.
+    return total / torch.where(weights > 0, weights, 1)
+
+
+def pseudo_label_loss(
+    logits: Tensor,
+    pseudo_labels: Tensor,
+    confidence: Tensor,
+    class_weights: Tensor,
+    ignore_index: int,
+    power: float = 6.0,
+) -> Tensor:
+    """Cross-entropy on pseudo-labels weighted by confidence: ``mean_p q_p^power a[y_p] ce_p``.
+
+    The mean is over all pixels: ignored ones add nothing but count, and neither weight is divided out.
+
+    Args:
+        logits: [B, C, H, W] of the student.
+        pseudo_labels: [B, H, W] int64 in 0..C-1, or ``ignore_index``.
+        confidence: q, [B, H, W], the teacher's largest probability, 0..1; no gradient goes there.
+        class_weights: a, [C], in the dtype of the logits.
+        ignore_index: label of pixels that do not count.
+        power: exponent of the confidence.
+
+    Returns:
+        a scalar.
+    """
+    weighted = F.cross_entropy(logits, pseudo_labels, class_weights, ignore_index=ignore_index, reduction="none")
+    return (confidence.detach() ** power * weighted).mean()
+
+
+def entropy_loss(logits: Tensor, pseudo_labels: Tensor, ignore_index: int) -> Tensor:
+    """Entropy of the prediction, from 0 (sure) to 1 (uniform), averaged over pixels that have a pseudo-label.
+
+    Args:
+        logits: [B, C, H, W] of the student.
+        pseudo_labels: [B, H, W] int64; only whether they are ``ignore_index`` matters.
+        ignore_index: label of pixels that do not count.
+
+    Returns:
+        a scalar.
+    """
+    log_probabilities = F.log_softmax(logits, dim=1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(1) / math.log(logits.shape[1])
+    valid = pseudo_labels != ignore_index
+    return torch.where(valid, entropy, 0).sum() / valid.sum().clamp_min(1)
+
+
+def _weight_of_label(labels: Tensor, class_weights: Tensor, ignore_index: int) -> Tensor:
+    """``a[y_p]`` [B, H, W], zero where the label is ignored."""
+    valid = labels != ignore_index
+    return torch.where(valid, class_weights[torch.where(valid, labels, 0)], 0)

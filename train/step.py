@@ -1,0 +1,112 @@
+"""One training step of Alonso et al., ICCV 2021, on one page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from train.augment import STRONG, WEAK, augment
+from train.losses import entropy_loss, pseudo_label_loss, supervised_loss
+from train.models import Learner, resize
+from train.schedules import ema_decay, pseudo_ramp
+from train.training import Training
+
+Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B, H, W] int64
+
+
+def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dict[str, Tensor]:
+    """Take one step: pseudo-labels, student forwards, losses, memory, contrast, optimiser, teacher.
+
+    Args:
+        t: the training, changed in place; ``t.step`` goes up by one.
+        labelled: images and labels.
+        unlabelled: images, whose labels are not read; None when the method is ``supervised``.
+
+    Returns:
+        the weighted losses and their sum ``total`` as detached scalars. Nothing here waits for the device.
+    """
+    m, i, branch = t.config.method, t.step, t.learner.branch
+    late = i > m.contrast_start
+    t.learner.train()
+    t.teacher.train(m.teacher_mode == "train")
+    losses: dict[str, Tensor] = {}
+
+    # Labelled images: weak augmentation. Classes are counted before it.
+    images, labels = to_float(labelled[0]), labelled[1]
+    t.class_weights.count_labels(labels)
+    images, labels, _ = augment(images, labels, None, WEAK, **mixing(t, True))
+
+    # Unlabelled images: the teacher labels the plain crop, the student will see two strong views of it.
+    if unlabelled is not None:
+        plain = to_float(unlabelled[0])
+        pseudo, confidence = pseudo_labels(t.teacher, plain)
+        t.class_weights.count_pseudo(pseudo)
+        views = [augment(plain, pseudo, confidence, STRONG, **mixing(t, late)) for _ in range(2)]
+        strong, pseudo, confidence = (torch.cat(parts) for parts in zip(*views, strict=True))
+
+    balance = m.class_weights and late
+    alpha = t.class_weights.weights() if balance else torch.ones(t.num_classes, device=images.device)
+
+    # Student: unlabelled views, then labelled images; two forwards, so that BatchNorm does not mix them.
+    if unlabelled is not None:
+        logits, strong_features = t.learner(strong)
+        logits = resize(logits, strong.shape[-2:])
+        error = pseudo_label_loss(logits, pseudo, confidence, alpha, t.ignore_index, m.confidence_power)
+        losses["pseudo"] = m.pseudo_weight * pseudo_ramp(i, m.ramp) * error
+        losses["entropy"] = m.entropy_weight * entropy_loss(logits, pseudo, t.ignore_index)
+    logits, features = t.learner(images)
+    error = supervised_loss(resize(logits, images.shape[-2:]), labels, alpha, t.ignore_index)
+    losses["supervised"] = m.supervised_weight * error
+
+    # The memory takes what the teacher gets right on the labelled images; all pixels are drawn to their class in it.
+    if branch is not None and i > m.memory_start:
+        with torch.no_grad():
+            teacher_logits, teacher_features = t.teacher(images)
+        branch.remember(teacher_features, teacher_logits, labels, teacher=t.teacher.branch)
+    if branch is not None and late:
+        losses["contrast_labelled"] = branch(features, labels)
+        losses["contrast_unlabelled"] = branch(strong_features, pseudo)
+
+    total = torch.stack(list(losses.values())).sum()
+    t.optimizer.zero_grad()
+    total.backward()
+    t.optimizer.step()
+    t.schedule.step()
+    update_teacher(t.teacher, t.learner, ema_decay(i, t.config.optim.steps, t.config.optim.ema))
+    t.step += 1
+    return {name: loss.detach() for name, loss in losses.items()} | {"total": total.detach()}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as float32 in 0..1."""
+    return images.float() / 255
+
+
+def mixing(t: Training, classmix: bool) -> dict[str, Any]:
+    """What the augmentation must know about the classes, and whether it may mix images."""
+    return {
+        "ignore_index": t.ignore_index,
+        "num_classes": t.num_classes,
+        "classmix": classmix,
+        "background": t.config.method.mix_background,
+    }
+
+
+@torch.no_grad()
+def pseudo_labels(teacher: Learner, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Most probable class [B, H, W] int64 of every pixel of ``images`` [B, 3, H, W] and its probability [B, H, W]."""
+    probabilities = resize(teacher(images)[0], images.shape[-2:]).softmax(1)
+    confidence, classes = probabilities.max(1)
+    return classes, confidence
+
+
+@torch.no_grad()
+def update_teacher(teacher: Learner, learner: Learner, decay: float) -> None:
+    """``teacher = decay * teacher + (1 - decay) * learner`` for the parameters; buffers stay the teacher's own.
+
+    ``swa_utils.AveragedModel`` would overwrite or average the buffers too, so only its averaging function is used.
+    """
+    get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(learner.parameters()), 0)
