@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help demo test lint bench env clean
 
 help:
-	@echo "make demo   train on real images and write runs/demo/report.md (about 8 minutes on 2 cores)"
+	@echo "make demo   train on real images and write runs/demo/report.md (about 6 minutes on 2 cores)"
 	@echo "make test   build and run all tests"
 	@echo "make lint   check style and types"
 	@echo "make bench  time the kernels beside other ways to compute the same"

@@ -25,7 +25,8 @@ template <class T>
 std::vector<Acc<T>> shares(const MemoryMean<T>& args) {
   using A = Acc<T>;
   std::vector<A> share(args.classes * args.capacity);
-  cpu::Pieces(args.classes, args.classes, 1).run([&](int64_t, int64_t begin, int64_t end) {
+  constexpr int64_t least = 1 << 14;  // rows that are worth waking a thread for
+  cpu::Pieces(args.classes, args.classes, least / args.capacity + 1).run([&](int64_t, int64_t begin, int64_t end) {
     std::vector<A> shift(args.capacity);
     for (int64_t c = begin; c < end; ++c) {
       const int64_t count = valid_rows(args, c);

@@ -50,11 +50,14 @@ class Positive(torch.autograd.Function):
         ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[5])
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         mean = library.memory_mean(queue, counts, queue_weights)
+        mean_dtype = mean.dtype
+        if mean_dtype != dtype:
+            mean = mean.to(dtype)
         loss, class_loss, pixels, unknown, grad_features, grad_weights, grad_mean = library.positive(
-            features, labels, weights, mean.to(dtype), counts, loss_weight, ignore_index, *ctx.needs
+            features, labels, weights, mean, counts, loss_weight, ignore_index, *ctx.needs
         )
         if ctx.needs[2]:
-            grad_mean = library.memory_mean_backward(grad_mean.to(mean.dtype), queue, counts, queue_weights)
+            grad_mean = library.memory_mean_backward(grad_mean.to(mean_dtype), queue, counts, queue_weights)
         ctx.save_for_backward(grad_features, grad_weights, grad_mean)
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
         return loss, class_loss, pixels, unknown

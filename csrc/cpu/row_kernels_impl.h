@@ -135,7 +135,10 @@ PIXCONTRAST_TARGET void score(const A* logit, const A* shift, int64_t count, A* 
   if (shift) {
     for (int64_t i = 0; i < count; ++i) score[i] = score_of(logit[i], shift[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) score[i] = score_of(logit[i], A(0));
+    for (int64_t i = 0; i < count; ++i) {  // without shift the two exponentials are one
+      const A e = exp_nonpositive(logit[i] < 0 ? logit[i] : -logit[i]);
+      score[i] = (logit[i] < 0 ? e : A(1)) / (A(1) + e);
+    }
   }
 }
 
