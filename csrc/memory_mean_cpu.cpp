@@ -1,4 +1,4 @@
-// Weighted mean unit row of each class of a memory, and the gradient of its weights. One read of the memory each.
+// Weighted mean unit row of each class of a memory, and the gradient of its weights: one read of the memory each.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -53,6 +53,10 @@ std::vector<Acc<T>> shares(const MemoryMean<T>& args) {
 template <class T>
 void memory_mean_cpu(const MemoryMean<T>& args) {
   using A = Acc<T>;
+  if (args.classes * args.capacity == 0) {
+    std::fill_n(args.mean, args.classes * args.dim, A(0));
+    return;
+  }
   const auto& kernels = cpu::row_kernels<A>();
   const auto share = shares(args);
   const int64_t blocks = (args.capacity + kBlock - 1) / kBlock;
@@ -83,6 +87,7 @@ void memory_mean_cpu(const MemoryMean<T>& args) {
 template <class T>
 void memory_mean_backward_cpu(const MemoryMean<T>& args) {
   using A = Acc<T>;
+  if (args.classes * args.capacity == 0) return;
   const auto& kernels = cpu::row_kernels<A>();
   const auto share = shares(args);
   const int64_t blocks = (args.capacity + kBlock - 1) / kBlock;

@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> positive(
 
 // Copies between pixels `index` [R] (below 0: none) of features [P, D] or [B, D, H, W] and rows [R, D]. Each thread has
 // channels of its own, so pixels that occur twice are added in order.
-template <class T, class A, class Copy>
+template <class Copy>
 void for_pixels(const Tensor& features, const Tensor& index, const Copy& copy) {
   const bool is_map = features.dim() == 4;
   const int64_t dim = features.size(1), count = index.numel();
@@ -192,8 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> infonce(const Tensor& features_, cons
     using A = Acc<scalar_t>;
     const auto* from = features.const_data_ptr<scalar_t>();
     auto* to = args.anchors.data_ptr<A>();
-    for_pixels<scalar_t, A>(features, index,
-                            [&](int64_t pixel, int64_t row) { to[row] = static_cast<A>(from[pixel]); });
+    for_pixels(features, index, [&](int64_t pixel, int64_t row) { to[row] = static_cast<A>(from[pixel]); });
   });
   const auto result = infonce_cpu(args);
   auto grad = features_grad ? at::zeros_like(features) : at::empty({0}, features.options());
@@ -202,8 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> infonce(const Tensor& features_, cons
       using A = Acc<scalar_t>;
       const auto* from = result.grad.const_data_ptr<A>();
       auto* to = grad.data_ptr<scalar_t>();
-      for_pixels<scalar_t, A>(features, index,
-                              [&](int64_t pixel, int64_t row) { to[pixel] += static_cast<scalar_t>(from[row]); });
+      for_pixels(features, index, [&](int64_t pixel, int64_t row) { to[pixel] += static_cast<scalar_t>(from[row]); });
     });
   }
   return {result.loss, result.anchor_loss, result.positives, grad};

@@ -229,16 +229,17 @@ def test_zero_rows_count_as_zero_and_get_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("what", ["all ignored", "empty memory", "no pixels", "one row"])
+@pytest.mark.parametrize("what", ["all ignored", "empty memory", "memory without room", "no pixels", "one row"])
 def test_nothing_to_contrast_gives_a_connected_zero(backend: str, what: str) -> None:
     count = 0 if what == "no pixels" else 1 if what == "one row" else 5
     features = torch.randn(count, 8, requires_grad=True)
     labels = torch.full((count,), IGNORE if what == "all ignored" else 0)
     weights = torch.randn(count, requires_grad=True)
-    queue_weights = torch.randn(2, 4, requires_grad=True)
-    counts = torch.zeros(2, dtype=torch.int64) if what == "empty memory" else torch.full((2,), 4)
+    room = 0 if what == "memory without room" else 4
+    queue_weights = torch.randn(2, room, requires_grad=True)
+    counts = torch.zeros(2, dtype=torch.int64) if what == "empty memory" else torch.full((2,), room)
     output = positive_contrast(
-        features, labels, torch.randn(2, 4, 8), queue_counts=counts, weights=weights, queue_weights=queue_weights,
+        features, labels, torch.randn(2, room, 8), queue_counts=counts, weights=weights, queue_weights=queue_weights,
         backend=backend,
     )  # fmt: skip
     assert output.loss.item() == 0 and output.loss.requires_grad
