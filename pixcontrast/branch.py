@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from .functional import check_label_values
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
 from .memory import ClassMemory
-from .reference import as_rows, unit_rows
-from .select import confident, labels_at, logits_at
-from .stats import ContrastStats
-
-VARIANTS = ("paper", "released")
+from .reference import unit_rows
+from .select import Anchors, confident, labels_at, logits_at
+from .stats import ContrastStats, InfoNCEStats
 
 
 def rows_per_image(num_labelled: int, capacity: int = 256, voc_classes: int | None = None) -> int:
@@ -29,41 +28,57 @@ def rows_per_image(num_labelled: int, capacity: int = 256, voc_classes: int | No
 
 
 class ContrastBranch(nn.Module):
-    """Projects pixels, remembers good ones of each class, and pulls the others of that class towards them.
+    """Projects pixels, remembers good ones of each class, and contrasts the others with them.
 
-    ::
+    ``objective="positive"`` (Alonso et al., ICCV 2021): every labelled pixel is projected, predicted, weighed and drawn
+    towards the memory of its class::
 
         branch = ContrastBranch(in_channels=2048, num_classes=19)
         branch.remember(teacher_features, teacher_logits, labels, teacher=teacher_branch)
         loss = branch(student_features, labels)
 
+    ``objective="infonce"`` (Wang et al., ICCV 2021): hard and easy anchors are drawn first, and only they are
+    projected, normalised and contrasted, with each other or, with ``capacity``, with the memory::
+
+        branch = ContrastBranch(in_channels=720, num_classes=19, objective="infonce", max_samples=1024)
+        loss = branch(features, labels, predict=logits.argmax(1))
+
     Args:
         in_channels: channels of the feature maps.
         num_classes: C.
+        objective: ``"positive"`` or ``"infonce"``.
         dim: width of projection, prediction and memory.
-        capacity: memory rows of each class.
-        variant: ``"paper"``, or ``"released"`` to repeat the authors' code: the memory rows all weigh the same, the
-            *lowest* scored rows are remembered, scores come from projections instead of predictions, feature selectors
-            see rows of any norm, and ``quota`` counts for the whole batch instead of for each image.
+        capacity: memory rows of each class; ``None``: 256 for positive, 0 (anchors against each other) for infonce.
+        variant: ``"paper"``, or ``"released"`` to repeat the authors' code. For positive: the memory rows all weigh the
+            same, the *lowest* scored rows are remembered, scores come from projections instead of predictions, feature
+            selectors see rows of any norm, and ``quota`` counts for the whole batch instead of for each image. For
+            infonce: see :class:`PixelContrastLoss`.
         ignore_index: label of pixels that take no part.
-        threshold: a pixel is remembered only if the teacher gives its label a probability above this.
+        threshold: a pixel is remembered only if the logits give its label a probability above this.
         quota: rows that one image may add to one class of the memory, see :func:`rows_per_image`; ``None`` for no limit
             but the capacity.
         loss_weight: factor of the loss; set here rather than outside it saves one pass over the gradient.
         sync: of the memory, see :class:`ClassMemory`.
         backend: see :class:`PixelContrastLoss`.
+        temperature, base_temperature, max_samples, max_views: see :class:`PixelContrastLoss` (infonce).
+        dense: project every valid pixel, as Wang et al. do, instead of the anchors alone (infonce). The same anchors
+            are drawn; the head's BatchNorm then has the statistics of all pixels instead of those of the anchors,
+            among which rare classes have a larger share.
 
     Raises:
-        ValueError: an unknown variant, sizes below one, a threshold outside [0, 1).
+        ValueError: an unknown option, sizes below one, a threshold outside [0, 1).
     """
+
+    memory: ClassMemory  # infonce without capacity has none
 
     def __init__(
         self,
         in_channels: int,
         num_classes: int,
         *,
+        objective: str = "positive",
         dim: int = 256,
-        capacity: int = 256,
+        capacity: int | None = None,
         variant: str = "paper",
         ignore_index: int = 255,
         threshold: float = 0.95,
@@ -71,73 +86,119 @@ class ContrastBranch(nn.Module):
         loss_weight: float = 1.0,
         sync: str = "local",
         backend: str = "auto",
+        temperature: float = 0.1,
+        base_temperature: float = 0.07,
+        max_samples: int = 1024,
+        max_views: int = 100,
+        dense: bool = False,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"ContrastBranch: variant must be one of {VARIANTS}, got {variant!r}")
-        if in_channels < 1:
-            raise ValueError(f"ContrastBranch: in_channels must be at least 1, got {in_channels}")
+        if in_channels < 1 or num_classes < 1:
+            raise ValueError(
+                f"ContrastBranch: in_channels and num_classes must be at least 1, got {in_channels} and {num_classes}"
+            )
         if not 0 <= threshold < 1:
             raise ValueError(f"ContrastBranch: threshold must be in [0, 1), got {threshold}")
         if quota is not None and quota < 1:
             raise ValueError(f"ContrastBranch: quota must be at least 1 or None, got {quota}")
-        self.variant, self.ignore_index = variant, ignore_index
-        self.threshold, self.quota = threshold, quota
-        self.project = MLPHead(in_channels, dim)
-        self.predict = MLPHead(dim, dim)
-        self.select_features = ClassSelectors(num_classes, dim)
-        self.select_memory = ClassSelectors(num_classes, dim)
-        self.memory = ClassMemory(num_classes, capacity, dim, sync=sync)
         self.criterion = PixelContrastLoss(
-            objective="positive", ignore_index=ignore_index, loss_weight=loss_weight, backend=backend
+            temperature,
+            base_temperature,
+            max_samples,
+            max_views,
+            ignore_index,
+            variant,
+            objective=objective,
+            loss_weight=loss_weight,
+            backend=backend,
         )
+        self.objective, self.variant, self.ignore_index = objective, variant, ignore_index
+        self.num_classes, self.threshold, self.quota, self.dense = num_classes, threshold, quota, dense
+        self.project = MLPHead(in_channels, dim)
+        if objective == "positive":
+            self.predict = MLPHead(dim, dim)
+            self.select_features = ClassSelectors(num_classes, dim)
+            self.select_memory = ClassSelectors(num_classes, dim)
+        self.capacity = (256 if objective == "positive" else 0) if capacity is None else capacity
+        if self.capacity > 0 or objective == "positive":
+            self.memory = ClassMemory(num_classes, self.capacity, dim, sync=sync)
 
     @torch.no_grad()
-    def remember(self, features: Tensor, logits: Tensor, labels: Tensor, teacher: ContrastBranch | None = None) -> None:
-        """Push the pixels that the teacher classifies rightly and surely into the memory.
+    def remember(
+        self,
+        features: Tensor,
+        logits: Tensor | None,
+        labels: Tensor,
+        teacher: ContrastBranch | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Push pixels into the memory: those that the teacher classifies rightly and surely.
+
+        For positive, the best ``quota`` of a class by the selector's score; for infonce, ``quota`` random ones, and
+        only these are projected.
 
         Args:
             features: ``[B, in_channels, h, w]`` of the teacher.
-            logits: ``[B, C, h', w']`` of the teacher, at feature, label, or any other resolution.
+            logits: ``[B, C, h', w']`` of the teacher, at feature, label, or any other resolution; ``None``: every
+                labelled pixel is good enough.
             labels: ``[B, H, W]`` int64.
             teacher: the moving average of this branch, whose heads project and rank the pixels; ``None``: this one's.
+            generator: of the device of the labels, to repeat the random choice (infonce).
 
         Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit, named.
+            ValueError, TypeError: shapes or dtypes that do not fit, named; a branch without memory.
         """
-        self._check(features, labels, "remember")
-        if logits.dim() != 4 or logits.shape[:2] != (labels.shape[0], self.memory.num_classes):
-            raise ValueError(
-                f"ContrastBranch.remember: logits must be [B={labels.shape[0]}, C={self.memory.num_classes}, h', w'], "
-                f"got {tuple(logits.shape)}"
-            )
+        if self.capacity == 0:
+            raise ValueError("ContrastBranch.remember: this branch has no memory; give it a capacity")
         heads = self if teacher is None else teacher
-        size = (features.shape[2], features.shape[3])
-        label = labels_at(labels, size)
-        check_label_values(label, self.memory.num_classes, self.ignore_index, "ContrastBranch.remember")
-        sure = confident(logits_at(logits, size, (labels.shape[1], labels.shape[2])), label, self.threshold)
-        label = torch.where(sure & (label != self.ignore_index), label, -1)
-        flat = label.reshape(-1)
-        valid = flat >= 0
-        projected = heads.project(self._rows(features, valid), valid)
-        ranked = projected if self.variant == "released" else heads.predict(projected, valid)
+        label = self._good(features, logits, labels)
+        flat, batch = label.reshape(-1), label.shape[0]
+        images = torch.arange(batch, device=label.device)[:, None, None].expand_as(label).reshape(-1)
+        if self.objective == "infonce":
+            chance = torch.rand(flat.shape, device=flat.device, generator=generator)
+            picked = self.memory.choose(flat, chance, self.quota, images, batch)[0].reshape(-1)
+            of_picked = torch.where(picked >= 0, flat[picked.clamp_min(0)], -1)
+            self.memory.push(heads.project.at(features, picked), of_picked)
+            return
+        index = _places(flat >= 0)
+        projected = heads.project.at(features, index)
+        ranked = projected if self.variant == "released" else heads.predict(projected, index >= 0)
         scores = heads.select_features(heads.selector_input(ranked), flat)
-        batch = label.shape[0]
         if self.variant == "released":
             self.memory.push(projected, flat, -scores, None if self.quota is None else self.quota * batch)
-            return
-        images = torch.arange(batch, device=label.device)[:, None, None].expand_as(label).reshape(-1)
-        self.memory.push(projected, flat, scores, self.quota, images, batch)
+        else:
+            self.memory.push(projected, flat, scores, self.quota, images, batch)
+
+    def _good(self, features: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
+        """Labels ``[B, h, w]`` of the pixels that are good enough to be remembered, -1 elsewhere."""
+        label = self._labels(features, labels, "remember")
+        if logits is None:
+            return label
+        if logits.dim() != 4 or logits.shape[:2] != (labels.shape[0], self.num_classes):
+            raise ValueError(
+                f"ContrastBranch.remember: logits must be [B={labels.shape[0]}, C={self.num_classes}, h', w'], "
+                f"got {tuple(logits.shape)}"
+            )
+        at_features = logits_at(logits, (features.shape[2], features.shape[3]), (labels.shape[1], labels.shape[2]))
+        return torch.where(confident(at_features, label, self.threshold), label, -1)
 
     def forward(
-        self, features: Tensor, labels: Tensor, return_stats: bool = False
-    ) -> Tensor | tuple[Tensor, ContrastStats]:
-        """Class-wise contrast of all labelled pixels with the memory.
+        self,
+        features: Tensor,
+        labels: Tensor,
+        predict: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, ContrastStats] | tuple[Tensor, InfoNCEStats]:
+        """Contrast of labelled pixels with the memory, or with each other.
 
         Args:
             features: ``[B, in_channels, h, w]`` of the student.
             labels: ``[B, H, W]`` int64, true or pseudo-labels.
-            return_stats: also return :class:`ContrastStats`.
+            predict: predicted classes at any resolution (infonce; ``None``: no pixel counts as hard).
+            generator: of the device of the labels, to repeat the choice of anchors (infonce).
+            return_stats: also return :class:`ContrastStats` or :class:`InfoNCEStats`.
 
         Returns:
             A scalar, connected to the graph also where nothing takes part.
@@ -145,16 +206,29 @@ class ContrastBranch(nn.Module):
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit, named.
         """
-        self._check(features, labels, "forward")
-        label = labels_at(labels, (features.shape[2], features.shape[3])).reshape(-1)
-        valid = (label >= 0) & (label < self.memory.num_classes) & (label != self.ignore_index)
-        rows = self.predict(self.project(self._rows(features, valid), valid), valid)
+        label = self._labels(features, labels, "forward")
+        if self.objective == "infonce":
+            anchors = self.criterion.anchors(label, predict, generator)
+            rows, used = self._anchor_rows(features, label, anchors), anchors.pixels >= 0
+            listed = Anchors(_places(used), anchors.labels)
+            queue = self.memory if self.capacity > 0 else None
+            return self.criterion.contrast(normalize(rows, dim=1), listed, queue, return_stats=return_stats)
+        label = label.reshape(-1)
+        valid = label >= 0
+        rows = self.predict(self.project.at(features, _places(valid)), valid)
         # selectors learn what to weigh; they do not push the features (their input is detached)
-        weights = self.select_features(self.selector_input(rows.detach()), torch.where(valid, label, -1))
+        weights = self.select_features(self.selector_input(rows.detach()), label)
+        label = torch.where(valid, label, self.ignore_index)
         queue_weights = None if self.variant == "released" else self._memory_weights()
         return self.criterion(
             rows, label, queue=self.memory, weights=weights, queue_weights=queue_weights, return_stats=return_stats
         )
+
+    def _anchor_rows(self, features: Tensor, label: Tensor, anchors: Anchors) -> Tensor:
+        """Projections of the anchors ``[R, dim]``."""
+        if not self.dense:
+            return self.project.at(features, anchors.pixels)
+        return self.project.at(features, _places(label.reshape(-1) >= 0))[anchors.pixels.clamp_min(0)]
 
     def selector_input(self, rows: Tensor) -> Tensor:
         """What the feature selectors see: unit rows; rows of any norm in the released variant."""
@@ -168,11 +242,8 @@ class ContrastBranch(nn.Module):
         labels = torch.where(filled, classes, -1)
         return self.select_memory(memory.rows.flatten(0, 1), labels.reshape(-1)).view_as(labels)
 
-    def _rows(self, features: Tensor, valid: Tensor) -> Tensor:
-        """Pixels as rows ``[P, in_channels]``, zero where they take no part (there they may be anything, NaN too)."""
-        return torch.where(valid[:, None], as_rows(features), 0)
-
-    def _check(self, features: Tensor, labels: Tensor, where: str) -> None:
+    def _labels(self, features: Tensor, labels: Tensor, where: str) -> Tensor:
+        """Labels at feature resolution ``[B, h, w]``, -1 where they are ignored; complains about what does not fit."""
         width = self.project.first.in_features
         if features.dim() != 4 or features.shape[1] != width:
             raise ValueError(
@@ -188,3 +259,11 @@ class ContrastBranch(nn.Module):
             raise ValueError(
                 f"ContrastBranch.{where}: labels are on {labels.device}, features on {features.device}; move one"
             )
+        label = labels_at(labels, (features.shape[2], features.shape[3]))
+        check_label_values(label, self.num_classes, self.ignore_index, f"ContrastBranch.{where}")
+        return torch.where((label >= 0) & (label < self.num_classes) & (label != self.ignore_index), label, -1)
+
+
+def _places(used: Tensor) -> Tensor:
+    """``[P]`` int64: each place where ``used [P]`` holds, -1 elsewhere."""
+    return torch.where(used, torch.arange(used.shape[0], device=used.device), -1)

@@ -75,6 +75,14 @@ class MLPHead(nn.Module):
         """
         return self.last(relu(self.norm(self.first(rows), valid)))
 
+    def at(self, features: Tensor, index: Tensor) -> Tensor:
+        """Pixels ``index [R]`` (-1: none) of ``features [B, in_channels, h, w]`` to ``[R, dim]``.
+
+        Only these pixels are read, and only they count in the statistics. Rows of index -1 mean nothing.
+        """
+        hidden = project(features, index, self.first.weight, self.first.bias)
+        return self.last(relu(self.norm(hidden, index >= 0)))
+
 
 class ClassSelectors(nn.Module):
     """One small network a class, giving each row of the class the logit of its attention weight.
@@ -155,6 +163,13 @@ class ClassSelectors(nn.Module):
         scale = torch.rsqrt(torch.where(enough, variance, running_var) + self.eps) * self.norm_weight
         shift = torch.where(enough, 0, mean + self.bias1 - running_mean)
         return (centred + shift[index]) * scale[index] + self.norm_bias[index]
+
+
+def project(features: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from .reference import as_rows
+
+    rows = torch.where(index[:, None] >= 0, as_rows(features)[index.clamp_min(0)], 0)
+    return torch.where(index[:, None] >= 0, torch.nn.functional.linear(rows, weight, bias), 0)
 
 
 def precise(rows: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class PixelContrastLoss(nn.Module):
         if self.objective == "infonce":
             if weights is not None or queue_weights is not None:
                 raise ValueError('weights and queue_weights are for objective="positive" alone')
-            return self._infonce(feats, labels, predict, _parts(queue), generator, return_stats)
+            return self.contrast(feats, self.anchors(labels, predict, generator), queue, return_stats=return_stats)
         if queue is None or not isinstance(queue, ClassMemory | Tensor):
             raise ValueError(f'objective="positive" needs queue, a ClassMemory or a tensor, got {type(queue).__name__}')
         return self._positive(feats, labels, queue, weights, queue_weights, return_stats)
@@ -183,18 +183,17 @@ class PixelContrastLoss(nn.Module):
         similarity = torch.where(taking_part, 1 - output.class_loss, float("nan"))
         return output.loss, ContrastStats(output.pixels, similarity, counts / rows.shape[1])
 
-    def _infonce(
+    def contrast(
         self,
         feats: Tensor,
-        labels: Tensor,
-        predict: Tensor | None,
-        parts: list[Queue],
-        generator: torch.Generator | None,
-        return_stats: bool,
+        anchors: Anchors,
+        queue: Queue | Sequence[Queue] | None = None,
+        *,
+        return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-        anchors = self.anchors(labels, predict, generator)
+        """InfoNCE of anchors that are chosen already; arguments and result as for :meth:`forward`."""
         queues, counts = [], []
-        for part in parts:
+        for part in _parts(queue):
             rows, count = _rows_and_counts(part)
             if count is None:
                 count = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)

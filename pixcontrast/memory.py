@@ -104,7 +104,7 @@ class ClassMemory(nn.Module):
             return
         flat_scores = None if scores is None else scores.reshape(-1)
         flat_images = None if images is None else images.reshape(-1)
-        picked, kept = self._rank(flat_labels, flat_scores, quota, flat_images, num_images)
+        picked, kept = self.choose(flat_labels, flat_scores, quota, flat_images, num_images)
         chosen = _take(rows, picked)
         if not self._gathers():
             self._write(chosen, kept)
@@ -120,10 +120,14 @@ class ClassMemory(nn.Module):
     def _gathers(self) -> bool:
         return self.sync == "gather" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _rank(
+    def choose(
         self, labels: Tensor, scores: Tensor | None, quota: int | None, images: Tensor | None, num_images: int
     ) -> tuple[Tensor, Tensor]:
-        """Best rows of each class, best first: row index ``[C, K]`` (-1 where there are fewer) and how many ``[C]``."""
+        """Which of the rows with ``labels [P]`` :meth:`push` keeps, best first; arguments as there.
+
+        Returns:
+            row index ``[C, K]`` (-1 where there are fewer) and how many ``[C]``.
+        """
         classes, total, device = self.num_classes, labels.shape[0], labels.device
         most = quota if quota is None or images is None else quota * num_images
         width = self.capacity if most is None else min(self.capacity, most)
