@@ -1,13 +1,16 @@
 // The keys are streamed in tiles, so no number is kept for a pair of anchor and key. Negatives come first, with a
 // running maximum and rescaled sums; then each anchor's own class, when the sum over its negatives is known. Loss and
 // gradient come out of the one stream: two products of anchors and keys each, by the library.
+//
+// Threads share nothing while they stream: the work is cut into blocks of anchors times parts of every class's keys,
+// and the sums of the parts are added in a fixed order.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/ThreadLocalState.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
@@ -18,13 +21,24 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTileKeys = 2048;        // keys in a tile of a queue
-constexpr int64_t kTileNumbers = 1 << 22;  // anchors x keys in a tile, at most: 16 MiB of float32
+constexpr int64_t kBlockAnchors = 256;        // anchors of a task
+constexpr int64_t kTileNumbers = 1 << 17;     // anchors x keys in a tile: half a MiB of float32, for the L2 of a core
+constexpr int64_t kMostParts = 32;            // of the keys
+constexpr int64_t kPartialNumbers = 1 << 21;  // in the sums of all parts: 8 MiB of float32, twice
+constexpr int64_t kPanelNumbers = 1 << 22;    // anchors x anchors at a time: 16 MiB of float32
+
+// A half-open range of anchors.
+struct Range {
+  int64_t first, last;
+  int64_t size() const { return std::max<int64_t>(last - first, 0); }
+};
+Range common(Range a, Range b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
 
 template <class A>
 class Stream {
  public:
-  explicit Stream(const InfoNCE& args) : args_(args), inverse_temperature_(static_cast<A>(1 / args.temperature)) {
+  explicit Stream(const InfoNCE& args)
+      : args_(args), kernels_(cpu::row_kernels<A>()), inverse_temperature_(static_cast<A>(1 / args.temperature)) {
     const auto* label = args.labels.const_data_ptr<int64_t>();
     const int64_t classes = args.queues.empty() ? std::numeric_limits<int64_t>::max() : args.queues[0].size(0);
     for (int64_t i = 0; i < args.labels.numel(); ++i) {
@@ -33,45 +47,100 @@ class Stream {
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return label[a] < label[b]; });
     for (const int64_t i : order_) label_.push_back(label[i]);
     count_ = static_cast<int64_t>(order_.size());
+    dim_ = args.anchors.size(1);
     anchors_ = args.anchors.index_select(0, at::tensor(order_, at::kLong));
     loss_.assign(count_, 0);
-    sigmoids_.assign(count_, 0);
     positives_.assign(count_, 0);
-    largest_.assign(count_, -std::numeric_limits<A>::infinity());
-    total_.assign(count_, 0);
   }
 
   InfoNCEResult run() {
-    Tensor grad;
-    if (args_.needs_grad) grad = at::zeros_like(anchors_);
-    if (!args_.queues.empty()) {
-      contrast_queues(grad);
+    if (args_.needs_grad) grad_ = at::zeros_like(anchors_);
+    if (args_.queues.empty()) {
+      contrast_anchors();
     } else {
-      contrast_anchors(grad);
+      contrast_queues();
     }
-    return finish(grad);
+    return finish();
   }
 
  private:
-  // Anchors of class c: [first, last) of the sorted ones.
-  std::pair<int64_t, int64_t> range(int64_t c) const {
+  // What is summed for an anchor over some of the keys.
+  struct Sums {
+    A largest = -std::numeric_limits<A>::infinity();  // maximum of z over the negatives
+    A total = 0;                                      // sum over the negatives of e^(z - largest)
+    A softplus = 0;                                   // sum over the positives of l_ij - z_ij
+    A sigmoids = 0;                                   // sum over the positives of s_ij
+    int64_t positives = 0;
+  };
+
+  // The sorted anchors of class c.
+  Range of_class(int64_t c) const {
     const auto found = std::equal_range(label_.begin(), label_.end(), c);
     return {found.first - label_.begin(), found.second - label_.begin()};
   }
 
-  // Calls body(keys [k, D], class, place of the first among the keys of its class) for every tile of valid rows.
+  // Calls body(i) for every anchor, in parallel.
   template <class Body>
-  void for_tiles(const Body& body) {
+  void for_anchors(const Body& body) const {
+    at::parallel_for(0, count_, 16, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) body(i);
+    });
+  }
+
+  // ---- anchors against queues
+
+  void contrast_queues() {
+    const int64_t numbers = std::max<int64_t>(count_ * dim_, 1);
+    const int64_t parts = std::clamp<int64_t>(kPartialNumbers / numbers, 1, kMostParts);
+    const int64_t blocks = (count_ + kBlockAnchors - 1) / kBlockAnchors;
+    std::vector<Sums> sums(parts * count_);
+    Tensor away, towards;  // [parts, V, D] sums of e_in k_n over the negatives, of s_ij k_j over the positives
+    if (args_.needs_grad) {
+      away = at::zeros({parts, count_, dim_}, anchors_.options());
+      towards = at::zeros({parts, count_, dim_}, anchors_.options());
+    }
+    const auto slab = [&](const Tensor& of_parts, int64_t part) {
+      return args_.needs_grad ? of_parts[part] : Tensor();
+    };
+    const auto for_tasks = [&](const auto& body) {
+      const at::ThreadLocalState state;  // the library is called from the threads: they need to know inference mode
+      at::parallel_for(0, blocks * parts, 1, [&](int64_t first, int64_t last) {
+        const at::ThreadLocalStateGuard guard(state);
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t start = task / parts * kBlockAnchors, part = task % parts;
+          body(Range{start, std::min(start + kBlockAnchors, count_)}, part);
+        }
+      });
+    };
+    for_tasks([&](Range block, int64_t part) {
+      stream_negatives(block, {part, parts}, sums.data() + part * count_, slab(away, part));
+    });
+    for_anchors([&](int64_t i) { merge_negatives(i, parts, sums, away); });
+    for_tasks([&](Range block, int64_t part) {
+      stream_positives(block, {part, parts}, sums.data() + part * count_, slab(towards, part));
+    });
+    merge_positives(parts, sums, away, towards);
+  }
+
+  struct Part {
+    int64_t number, of;
+  };
+
+  // Calls body(keys [k, D], class, place of the first among the keys of its class) for the tiles of one part of each
+  // class's valid rows.
+  template <class Body>
+  void for_tiles(Range block, Part part, const Body& body) const {
     const int64_t classes = args_.queues[0].size(0);
+    const int64_t most = std::max<int64_t>(64, kTileNumbers / std::max<int64_t>(block.size(), 1));
     std::vector<int64_t> before(classes);
     for (size_t q = 0; q < args_.queues.size(); ++q) {
       const Tensor& queue = args_.queues[q];
       const auto* counts = args_.counts[q].const_data_ptr<int64_t>();
-      const int64_t most = std::max<int64_t>(1, std::min(kTileKeys, kTileNumbers / std::max<int64_t>(count_, 1)));
       for (int64_t c = 0; c < classes; ++c) {
         const int64_t valid = std::clamp<int64_t>(counts[c], 0, queue.size(1));
-        for (int64_t first = 0; first < valid; first += most) {
-          const int64_t keys = std::min(most, valid - first);
+        const int64_t end = valid * (part.number + 1) / part.of;
+        for (int64_t first = valid * part.number / part.of; first < end; first += most) {
+          const int64_t keys = std::min(most, end - first);
           body(queue[c].narrow(0, first, keys).to(anchors_.scalar_type()), c, before[c] + first);
         }
         before[c] += valid;
@@ -79,142 +148,172 @@ class Stream {
     }
   }
 
-  // <x_i, k_j> of anchors [first, last) and the keys, [last - first, k] in the one buffer.
-  Tensor products(int64_t first, int64_t last, const Tensor& keys) {
-    const int64_t numbers = (last - first) * keys.size(0);
-    if (!buffer_.defined() || buffer_.numel() < numbers) buffer_ = at::empty({numbers}, anchors_.options());
-    Tensor z = buffer_.narrow(0, 0, numbers).view({last - first, keys.size(0)});
-    return at::mm_out(z, anchors_.narrow(0, first, last - first), keys.t());
+  // Products <x_i, k_j> of anchors and keys, [anchors, k], in `room`.
+  Tensor products(Range anchors, const Tensor& keys, Tensor& room) const {
+    const int64_t numbers = anchors.size() * keys.size(0);
+    if (!room.defined() || room.numel() < numbers) room = at::empty({numbers}, anchors_.options());
+    Tensor z = room.narrow(0, 0, numbers).view({anchors.size(), keys.size(0)});
+    return at::mm_out(z, anchors_.narrow(0, anchors.first, anchors.size()), keys.t());
   }
 
-  void contrast_queues(Tensor& grad) {
-    const auto& kernels = cpu::row_kernels<A>();
-    Tensor away = args_.needs_grad ? at::zeros_like(anchors_) : Tensor();  // sum over negatives of e^(z - largest) k
-    for_tiles([&](const Tensor& keys, int64_t c, int64_t) {
-      const auto [own, behind] = range(c);
-      for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, own}, {behind, count_}}) {
-        if (first == last) continue;
-        Tensor z = products(first, last, keys);
-        A* const row = z.data_ptr<A>();
-        A* const sum = args_.needs_grad ? away.data_ptr<A>() : nullptr;
-        const int64_t columns = keys.size(0), dim = anchors_.size(1), start = first;
-        cpu::Pieces(last - first, 64, 1).run([&](int64_t, int64_t begin, int64_t end) {
-          for (int64_t r = begin; r < end; ++r) {
-            add_negatives(kernels, row + r * columns, columns, start + r, sum ? sum + (start + r) * dim : nullptr, dim);
-          }
-        });
-        if (args_.needs_grad) away.narrow(0, first, last - first).addmm_(z, keys);
-      }
-    });
-    for_tiles([&](const Tensor& keys, int64_t c, int64_t place) {
-      const auto [first, last] = range(c);
-      if (first == last) return;
-      Tensor z = products(first, last, keys);
-      A* const row = z.data_ptr<A>();
-      const int64_t columns = keys.size(0), start = first;
-      cpu::Pieces(last - first, 64, 1).run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t skipped = excluded(start + r) - place;
-          add_positives(kernels, row + r * columns, columns, start + r, skipped);
+  void stream_negatives(Range block, Part part, Sums* sums, Tensor away) const {
+    Tensor room;
+    A* const row = away.defined() ? away.data_ptr<A>() : nullptr;
+    for_tiles(block, part, [&](const Tensor& keys, int64_t c, int64_t) {
+      const Range own = of_class(c);
+      for (const Range anchors : {common(block, {0, own.first}), common(block, {own.last, count_})}) {
+        if (anchors.size() == 0) continue;
+        const Tensor z = products(anchors, keys, room);
+        const int64_t columns = keys.size(0);
+        for (int64_t i = anchors.first; i < anchors.last; ++i) {
+          A* const z_i = z.data_ptr<A>() + (i - anchors.first) * columns;
+          add_negatives(z_i, columns, sums[i], row ? row + i * dim_ : nullptr);
         }
-      });
-      if (args_.needs_grad) grad.narrow(0, first, last - first).addmm_(z, keys, 1, -1);
-    });
-    if (args_.needs_grad) {
-      Tensor share = at::zeros({count_, 1}, anchors_.options());
-      for (int64_t i = 0; i < count_; ++i) {
-        if (total_[i] > 0) share.data_ptr<A>()[i] = sigmoids_[i] / total_[i];
+        if (row) away.narrow(0, anchors.first, anchors.size()).addmm_(z, keys);
       }
-      grad.addcmul_(away, share).mul_(scales().unsqueeze(1));
+    });
+  }
+
+  // z [columns] become e^(z/T - largest); what was summed under a smaller maximum is scaled down.
+  void add_negatives(A* z, int64_t columns, Sums& sums, A* away) const {
+    const A top = kernels_.largest(z, columns) * inverse_temperature_;
+    if (top > sums.largest) {
+      const A scale = sums.total > 0 ? std::exp(sums.largest - top) : A(0);
+      sums.total *= scale;
+      if (away) kernels_.combine(A(0), away, scale, away, dim_, false, away, A(0), nullptr);
+      sums.largest = top;
     }
+    sums.total += kernels_.exponentials(z, columns, inverse_temperature_, sums.largest);
+  }
+
+  // The sums of all parts under the one maximum go to the first part's place; its largest and total to every part's.
+  void merge_negatives(int64_t i, int64_t parts, std::vector<Sums>& sums, const Tensor& away) const {
+    A largest = -std::numeric_limits<A>::infinity(), total = 0;
+    for (int64_t p = 0; p < parts; ++p) largest = std::max(largest, sums[p * count_ + i].largest);
+    for (int64_t p = 0; p < parts; ++p) {
+      Sums& part = sums[p * count_ + i];
+      const A scale = part.total > 0 ? std::exp(part.largest - largest) : A(0);
+      total += part.total * scale;
+      if (!away.defined()) continue;
+      A* const first = away.data_ptr<A>() + i * dim_;
+      A* const mine = first + p * count_ * dim_;
+      kernels_.combine(p == 0 ? A(0) : A(1), first, scale, mine, dim_, false, first, A(0), nullptr);
+    }
+    for (int64_t p = 0; p < parts; ++p) {
+      sums[p * count_ + i].largest = largest;
+      sums[p * count_ + i].total = total;
+    }
+  }
+
+  void stream_positives(Range block, Part part, Sums* sums, Tensor towards) const {
+    Tensor room;
+    for_tiles(block, part, [&](const Tensor& keys, int64_t c, int64_t place) {
+      const Range anchors = common(block, of_class(c));
+      if (anchors.size() == 0) return;
+      const Tensor z = products(anchors, keys, room);
+      const int64_t columns = keys.size(0);
+      for (int64_t i = anchors.first; i < anchors.last; ++i) {
+        add_positives(z.data_ptr<A>() + (i - anchors.first) * columns, columns, excluded(i) - place, sums[i]);
+      }
+      if (towards.defined()) towards.narrow(0, anchors.first, anchors.size()).addmm_(z, keys);
+    });
   }
 
   int64_t excluded(int64_t i) const {
     return args_.excluded.defined() ? args_.excluded.const_data_ptr<int64_t>()[order_[i]] : -1;
   }
 
-  // z [columns] of anchor i become e^(z/T - largest); what was summed under a smaller maximum is scaled down.
-  void add_negatives(const cpu::RowKernels<A>& kernels, A* z, int64_t columns, int64_t i, A* sum, int64_t dim) {
-    const A top = kernels.largest(z, columns) * inverse_temperature_;
-    if (top > largest_[i]) {
-      const A scale = total_[i] > 0 ? std::exp(largest_[i] - top) : A(0);
-      total_[i] *= scale;
-      if (sum) kernels.combine(A(0), sum, scale, sum, dim, false, sum, A(0), nullptr);
-      largest_[i] = top;
-    }
-    total_[i] += kernels.exponentials(z, columns, inverse_temperature_, largest_[i]);
-  }
-
-  // z [columns] of anchor i become s_ij; place `skipped` is no positive.
-  void add_positives(const cpu::RowKernels<A>& kernels, A* z, int64_t columns, int64_t i, int64_t skipped) {
+  // z [columns] become s_ij; place `skipped` is no positive.
+  void add_positives(A* z, int64_t columns, int64_t skipped, Sums& sums) const {
     const bool skips = skipped >= 0 && skipped < columns;
-    positives_[i] += columns - skips;
-    if (total_[i] == 0) {  // no negatives: the loss is 0 whatever the positives are
+    sums.positives += columns - skips;
+    if (sums.total == 0) {  // no negatives: the loss is 0 whatever the positives are
       std::fill_n(z, columns, A(0));
       return;
     }
-    const A away = largest_[i] + std::log(total_[i]);
+    const A away = sums.largest + std::log(sums.total);
     if (skips) z[skipped] = std::numeric_limits<A>::max() / 4 * args_.temperature;
     A softplus = 0;
-    sigmoids_[i] += kernels.positives(z, columns, inverse_temperature_, away, &softplus);
-    loss_[i] += softplus;
+    sums.sigmoids += kernels_.positives(z, columns, inverse_temperature_, away, &softplus);
+    sums.softplus += softplus;
     if (skips) z[skipped] = 0;
   }
 
-  // All anchors against all others: blocks of rows, each with all its columns.
-  void contrast_anchors(Tensor& grad) {
-    const auto& kernels = cpu::row_kernels<A>();
+  void merge_positives(int64_t parts, const std::vector<Sums>& sums, const Tensor& away, const Tensor& towards) {
+    std::vector<A> sigmoids(count_);
     for (int64_t i = 0; i < count_; ++i) {
-      const auto [first, last] = range(label_[i]);
-      positives_[i] = last - first - 1;
+      for (int64_t p = 0; p < parts; ++p) {
+        loss_[i] += sums[p * count_ + i].softplus;
+        sigmoids[i] += sums[p * count_ + i].sigmoids;
+        positives_[i] += sums[p * count_ + i].positives;
+      }
     }
-    const Tensor scale = scales();
-    const A* const scale_of = scale.template const_data_ptr<A>();
-    const int64_t rows = std::max<int64_t>(1, std::min<int64_t>(count_, kTileNumbers / std::max<int64_t>(count_, 1)));
-    for (int64_t first = 0; first < count_; first += rows) {
-      const int64_t last = std::min(first + rows, count_), start = first;
-      Tensor z = products(first, last, anchors_);
-      A* const row = z.data_ptr<A>();
-      cpu::Pieces(last - first, 64, 1).run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) contrast_row(kernels, row + r * count_, start + r, scale_of[start + r]);
+    if (!args_.needs_grad) return;
+    const std::vector<A> scale = scales();
+    for_anchors([&](int64_t i) {
+      A* const grad = grad_.data_ptr<A>() + i * dim_;
+      if (sums[i].total > 0) {
+        kernels_.accumulate(scale[i] * sigmoids[i] / sums[i].total, away.data_ptr<A>() + i * dim_, dim_, grad);
+      }
+      for (int64_t p = 0; p < parts; ++p) {
+        kernels_.accumulate(-scale[i], towards.data_ptr<A>() + (p * count_ + i) * dim_, dim_, grad);
+      }
+    });
+  }
+
+  // ---- anchors against each other: panels of some anchors and all their partners
+
+  void contrast_anchors() {
+    for (int64_t i = 0; i < count_; ++i) positives_[i] = of_class(label_[i]).size() - 1;
+    const std::vector<A> scale = scales();
+    const int64_t height = std::clamp<int64_t>(kPanelNumbers / std::max<int64_t>(count_, 1), 1, kPanelNumbers);
+    Tensor room;
+    for (int64_t first = 0; first < count_; first += height) {
+      const Range panel{first, std::min(first + height, count_)};
+      const Tensor z = products(panel, anchors_, room);
+      at::parallel_for(panel.first, panel.last, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) contrast_row(z.data_ptr<A>() + (i - first) * count_, i, scale[i]);
       });
-      if (args_.needs_grad) {  // z is now dloss/dz T; each pair pulls at both of its anchors
-        grad.narrow(0, first, last - first).addmm_(z, anchors_);
-        grad.addmm_(z.t(), anchors_.narrow(0, first, last - first));
+      if (!args_.needs_grad) continue;
+      // z is now dloss/dz T; each pair pulls at both of its anchors
+      if (panel.size() == count_) {
+        grad_.addmm_(z + z.t(), anchors_);
+      } else {
+        grad_.narrow(0, first, panel.size()).addmm_(z, anchors_);
+        grad_.addmm_(z.t(), anchors_.narrow(0, first, panel.size()));
       }
     }
   }
 
-  void contrast_row(const cpu::RowKernels<A>& kernels, A* z, int64_t i, A scale) {
-    const auto [own, behind] = range(label_[i]);
-    const int64_t inside = behind - own, after = count_ - behind;
-    if (own > 0) add_negatives(kernels, z, own, i, nullptr, 0);
-    const A first_maximum = largest_[i];
-    if (after > 0) add_negatives(kernels, z + behind, after, i, nullptr, 0);
-    const int64_t count = positives_[i];
-    add_positives(kernels, z + own, inside, i, i - own);
-    positives_[i] = count;
-    const A away = total_[i] > 0 ? scale * sigmoids_[i] / total_[i] : A(0);
-    const A away_before = own > 0 ? away * std::exp(first_maximum - largest_[i]) : A(0);
-    for (int64_t j = 0; j < own; ++j) z[j] *= away_before;
-    for (int64_t j = own; j < behind; ++j) z[j] *= -scale;
-    for (int64_t j = behind; j < count_; ++j) z[j] *= away;
+  void contrast_row(A* z, int64_t i, A scale) {
+    const Range own = of_class(label_[i]);
+    Sums sums;
+    if (own.first > 0) add_negatives(z, own.first, sums, nullptr);
+    const A first_maximum = sums.largest;
+    if (own.last < count_) add_negatives(z + own.last, count_ - own.last, sums, nullptr);
+    add_positives(z + own.first, own.size(), i - own.first, sums);
+    loss_[i] = sums.softplus;
+    const A away = sums.total > 0 ? scale * sums.sigmoids / sums.total : A(0);
+    const A away_before = own.first > 0 ? away * std::exp(first_maximum - sums.largest) : A(0);
+    for (int64_t j = 0; j < own.first; ++j) z[j] *= away_before;
+    for (int64_t j = own.first; j < own.last; ++j) z[j] *= -scale;
+    for (int64_t j = own.last; j < count_; ++j) z[j] *= away;
   }
 
-  // loss_weight / (T_base R P_i) for anchors with positives, else 0: [count]
-  Tensor scales() {
+  // ---- both
+
+  // loss_weight / (T_base R P_i) for anchors with positives, else 0
+  std::vector<A> scales() const {
     const auto used = std::count_if(positives_.begin(), positives_.end(), [](int64_t p) { return p > 0; });
-    Tensor scale = at::zeros({count_}, anchors_.options());
+    std::vector<A> scale(count_);
     for (int64_t i = 0; i < count_; ++i) {
-      if (positives_[i] > 0) {
-        scale.data_ptr<A>()[i] =
-            static_cast<A>(args_.loss_weight / args_.base_temperature / static_cast<double>(used * positives_[i]));
-      }
+      if (positives_[i] == 0) continue;
+      scale[i] = static_cast<A>(args_.loss_weight / args_.base_temperature / static_cast<double>(used * positives_[i]));
     }
     return scale;
   }
 
-  InfoNCEResult finish(const Tensor& grad) {
+  InfoNCEResult finish() const {
     InfoNCEResult result;
     result.anchor_loss = at::zeros({args_.labels.numel()}, anchors_.options());
     result.positives = at::zeros({args_.labels.numel()}, args_.labels.options());
@@ -234,20 +333,18 @@ class Stream {
       result.grad = at::empty({0}, anchors_.options());
     } else {
       result.grad = at::zeros_like(args_.anchors);
-      result.grad.index_copy_(0, at::tensor(order_, at::kLong), grad);
+      result.grad.index_copy_(0, at::tensor(order_, at::kLong), grad_);
     }
     return result;
   }
 
   const InfoNCE& args_;
+  const cpu::RowKernels<A>& kernels_;
   const A inverse_temperature_;
-  int64_t count_;                       // V anchors that take part, sorted by class
+  int64_t count_, dim_;                 // V anchors that take part, sorted by class; D
   std::vector<int64_t> order_, label_;  // [V] place in the caller's list, class
-  Tensor anchors_;                      // [V, D]
-  Tensor buffer_;                       // room for the products of one tile
-  std::vector<A> largest_, total_;      // [V] maximum of z over negatives, sum of e^(z - largest)
+  Tensor anchors_, grad_;               // [V, D]
   std::vector<double> loss_;            // [V] sum over positives of l_ij - z_ij
-  std::vector<A> sigmoids_;             // [V] sum over positives of s_ij
   std::vector<int64_t> positives_;      // [V] P_i
 };
 
