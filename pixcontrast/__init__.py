@@ -9,6 +9,7 @@ from .branch import ContrastBranch
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
 from .memory import ClassMemory
+from .queues import PixelQueues
 from .stats import ContrastStats, InfoNCEStats
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "InfoNCEStats",
     "MLPHead",
     "PixelContrastLoss",
+    "PixelQueues",
     "functional",
 ]
 __version__ = "0.1.0"

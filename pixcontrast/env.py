@@ -17,7 +17,7 @@ def report() -> dict[str, str]:
     """Everything that a bug report should say, by name."""
     if ops.available():
         info = ops._C.build_info()
-        with_cuda = f"with CUDA {info['cuda']}" if info["cuda"] else "CPU only"
+        with_cuda = f"with CUDA {info['cuda']} kernels" if info["cuda"] else "CPU only"
         extension = f"{with_cuda}, built against torch {info['torch']}, uses {info['cpu_capability']}"
         if info["torch"] != torch.__version__:
             extension += f"; torch is now {torch.__version__}: rebuild with `pip install --no-build-isolation .`"
@@ -26,7 +26,9 @@ def report() -> dict[str, str]:
     if torch.cuda.is_available():
         devices = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     else:
-        devices = "none found" if torch.version.cuda else "none: this is a CPU build of torch"
+        devices = (
+            "none found, everything runs on the CPU" if torch.version.cuda else "none: this is a CPU build of torch"
+        )
     versions = {}
     for name in OPTIONAL:
         try:

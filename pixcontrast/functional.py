@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .functions import InfoNCE, MemoryMean, Positive
+from .functions import InfoNCE, MemoryMean, Positive, Project
 from .select import Anchors
 
 BACKENDS = ("auto", "extension", "reference")
@@ -27,8 +27,8 @@ class PositiveOutput(NamedTuple):
     """``[C]`` int64: valid rows of each class."""
 
 
-def uses_extension(backend: str, device: torch.device) -> bool:
-    """Whether ``backend`` means the compiled kernels for tensors on ``device``.
+def uses_extension(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``backend`` means the compiled kernels for tensors of ``dtype`` on ``device``.
 
     Raises:
         ValueError: an unknown backend.
@@ -38,13 +38,10 @@ def uses_extension(backend: str, device: torch.device) -> bool:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "reference":
         return False
-    has_kernel = ops.available() and device.type == "cpu"
-    if backend == "extension" and not has_kernel:
-        reason = f"it did not load: {ops.load_error}" if not ops.available() else f"it has no kernel for {device.type}"
-        raise RuntimeError(
-            f'backend="extension": {reason}. Rebuild with `pip install --no-build-isolation .`, or use backend="auto"'
-        )
-    return has_kernel
+    missing = ops.missing_kernel(device, dtype)
+    if backend == "extension" and missing:
+        raise RuntimeError(f'backend="extension": {missing}; or use backend="auto", which then runs on plain PyTorch')
+    return missing is None
 
 
 def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -72,7 +69,7 @@ def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, ba
         _check_float("queue_weights", weights)
         weights = weights.to(reference.accumulation_dtype(queue.dtype))
     queue = queue.detach()
-    if uses_extension(backend, queue.device):
+    if uses_extension(backend, queue.device, queue.dtype):
         return MemoryMean.apply(queue, counts, weights)
     return reference.memory_mean(queue, counts, weights)
 
@@ -141,7 +138,7 @@ def positive_contrast(
         features = features.detach()
         weights, queue_weights = (None if w is None else w.detach() for w in (weights, queue_weights))
     queue = queue.detach()
-    if uses_extension(backend, features.device):
+    if uses_extension(backend, features.device, features.dtype):
         loss, class_loss, pixels, unknown = Positive.apply(
             features, labels, weights, queue, queue_counts, queue_weights, loss_weight, ignore_index
         )
@@ -215,7 +212,7 @@ def infonce_contrast(
         _check_int64("counts", counts)
     constants = [queue.detach() for queue in queues]
     features = features if torch.is_grad_enabled() else features.detach()
-    if uses_extension(backend, features.device):
+    if uses_extension(backend, features.device, features.dtype):
         return InfoNCEOutput(
             *InfoNCE.apply(
                 features, *anchors, excluded, temperature, base_temperature, loss_weight, *constants, *queue_counts
@@ -226,6 +223,50 @@ def infonce_contrast(
             features, *anchors, constants, queue_counts, excluded, temperature, base_temperature, loss_weight
         )
     )
+
+
+def project(
+    features: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Some pixels through a linear layer, ``torch.nn.functional.linear(rows_of(features)[index], weight, bias)``,
+    without copying the pixels first; see :func:`pixcontrast.reference.project`.
+
+    Args:
+        features: ``[P, Din]`` or ``[B, Din, H, W]`` (contiguous or channels_last).
+        index: ``[R]`` int64, the pixel of each row, -1 for none. A pixel may occur more than once. Fastest where row r
+            means pixel r or none.
+        weight: ``[Dout, Din]``, ``bias``: ``[Dout]`` or ``None``, cast to the dtype of ``features``.
+        backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+    Returns:
+        ``[R, Dout]`` in the dtype of ``features``, or, like every linear layer, in that of autocast. A row without
+        pixel is zero and passes no gradient. Gradients reach ``features``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or (on CPU) pixels that do not fit, named.
+    """
+    _check_float("features", features)
+    if features.dim() not in (2, 4):
+        raise ValueError(f"features must be [P, Din] or [B, Din, H, W], got {tuple(features.shape)}")
+    if index.dim() != 1:
+        raise ValueError(f"index must be [R], got {tuple(index.shape)}")
+    _check_like("index", index, tuple(index.shape), features.device)
+    _check_int64("index", index)
+    _check_float("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [Dout, Din={features.shape[1]}], got {tuple(weight.shape)}")
+    _check_like("weight", weight, (weight.shape[0], features.shape[1]), features.device)
+    if bias is not None:
+        _check_float("bias", bias)
+        _check_like("bias", bias, (weight.shape[0],), features.device)
+    _check_pixels(index, features.numel() // max(features.shape[1], 1))
+    device = features.device.type
+    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
+        features = features.to(torch.get_autocast_dtype(device))
+    weight, bias = weight.to(features.dtype), None if bias is None else bias.to(features.dtype)
+    if uses_extension(backend, features.device, features.dtype):
+        return Project.apply(features, index, weight, bias)
+    return reference.project(features, index, weight, bias)
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
@@ -240,6 +281,15 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, wher
             f"{where}: {int(wrong.sum())} of {labels.numel()} labels are outside 0..{num_classes - 1} and are not "
             f"ignore_index={ignore_index}: {listed}. Set num_classes or ignore_index, or map the labels"
         )
+
+
+def _check_pixels(index: Tensor, pixels: int) -> None:
+    if torch.compiler.is_compiling() or index.device.type != "cpu":
+        return
+    wrong = (index < -1) | (index >= pixels)
+    if wrong.any():
+        listed = ", ".join(map(str, torch.unique(index[wrong])[:8].tolist()))
+        raise ValueError(f"index: {int(wrong.sum())} of {index.numel()} are outside -1..{pixels - 1}: {listed}")
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

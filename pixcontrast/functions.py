@@ -102,10 +102,36 @@ class InfoNCE(torch.autograd.Function):
         return features, *[None] * (ctx.inputs - 1)
 
 
+class Project(torch.autograd.Function):
+    """Some pixels through a linear layer, see :func:`pixcontrast.reference.project`."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(features, index, weight)
+        return torch.ops.pixcontrast.project(features, index, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        grads = torch.ops.pixcontrast.project_backward(grad, *ctx.saved_tensors, *needs)
+        features, weight, bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return features, None, weight, bias
+
+
 def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], incoming: Tensor) -> list[Tensor | None]:
-    """Gradients times the incoming one; as they are where that is one, which is looked up only where it is free."""
-    one = not torch.compiler.is_compiling() and incoming.device.type == "cpu" and incoming.item() == 1
-    return [
-        None if not need else grad if one else grad * incoming.to(grad.dtype)
-        for need, grad in zip(needed, grads, strict=True)
-    ]
+    """Gradients, written for an incoming gradient of one, times the one that came.
+
+    They are scaled in place, unless the graph is kept and they will be asked for again. A CPU looks whether there is
+    anything to do; on CUDA the kernel does, because looking would mean waiting.
+    """
+    return [_times(grad, incoming) if need else None for need, grad in zip(needed, grads, strict=True)]
+
+
+def _times(grad: Tensor, incoming: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * incoming.to(grad.dtype)
+    if incoming.device.type == "cpu":
+        return grad if incoming.item() == 1 else grad.mul_(incoming.to(grad.dtype))
+    torch.ops.pixcontrast.scale_(grad, incoming)
+    return grad

@@ -131,6 +131,8 @@ class ClassMemory(nn.Module):
         classes, total, device = self.num_classes, labels.shape[0], labels.device
         most = quota if quota is None or images is None else quota * num_images
         width = self.capacity if most is None else min(self.capacity, most)
+        if not self._gathers():  # other ranks may have more rows
+            width = min(width, total)
         if total == 0:
             return (
                 torch.full((classes, width), -1, dtype=torch.int64, device=device),

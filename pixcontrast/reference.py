@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid, pad
 
 NORM_FLOOR = 1e-12
 MIN_ROWS = 2  # a class takes part from two feature rows and two memory rows on, as in the released code
@@ -59,6 +59,26 @@ def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None) ->
 def as_rows(features: Tensor) -> Tensor:
     """``[P, D]`` as it is, ``[B, D, H, W]`` as ``[B*H*W, D]`` (a view for channels_last maps)."""
     return features if features.dim() == 2 else features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+
+
+def project(features: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Some pixels through a linear layer: row r is ``weight @ pixel[index[r]] + bias``.
+
+    Args:
+        features: ``[P, Din]`` or ``[B, Din, H, W]``.
+        index: ``[R]`` int64, the pixel of each row; outside ``[0, P)`` there is none.
+        weight: ``[Dout, Din]`` in the dtype of ``features``.
+        bias: ``[Dout]`` or ``None``.
+
+    Returns:
+        ``[R, Dout]`` in the dtype of ``features``; a row without pixel is zero and passes no gradient.
+    """
+    pixels = as_rows(features)
+    found = (index >= 0) & (index < pixels.shape[0])
+    if pixels.shape[0] == 0:
+        pixels = pad(pixels, (0, 0, 0, 1))  # something to point at
+    rows = torch.where(found[:, None], pixels[torch.where(found, index, 0)], 0)
+    return torch.where(found[:, None], linear(rows, weight, bias), 0)
 
 
 def positive(
