@@ -1,0 +1,164 @@
+"""Pretrained weights of the paper's networks: from torchvision, or from a file under any of three namings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train.errors import UserError
+from train.networks.base import DeepLab
+
+BACKBONE = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+# Modules of the head in the paper's released checkpoints, and of the COCO weights for DeepLabV2, under our names.
+HEAD = {
+    **{f"layer5.conv2d_list.{i}": f"classifier.convs.{i}" for i in range(4)},
+    **{f"aspp.aspp{i + 1}.atrous_conv": f"aspp.convs.{i}.0" for i in range(4)},
+    **{f"aspp.aspp{i + 1}.bn": f"aspp.convs.{i}.1" for i in range(4)},
+    "aspp.global_avg_pool.1": "aspp.convs.4.1",
+    "aspp.global_avg_pool.2": "aspp.convs.4.2",
+    "aspp.conv1": "aspp.project.0",
+    "aspp.bn1": "aspp.project.1",
+    "decoder.conv1": "skip.0",
+    "decoder.bn1": "skip.1",
+    "decoder.pre_last_conv.0": "decoder.0.0",
+    "decoder.pre_last_conv.1": "decoder.0.1",
+    "decoder.pre_last_conv.3": "decoder.1.0",
+    "decoder.pre_last_conv.4": "decoder.1.1",
+    "decoder.last_conv": "classifier",
+}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What came of loading weights; tensors by our names, without BatchNorm's counters of batches."""
+
+    source: str
+    """Where the weights are from."""
+    loaded: list[str]
+    """Tensors of the network that now have the given values."""
+    missing: list[str]
+    """Tensors of the network that were not given; they keep their values."""
+    unknown: list[str]
+    """Tensors that were given and that the network does not have."""
+    mismatched: list[str]
+    """Tensors given at another size, with both sizes; they keep their values."""
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.missing) + len(self.mismatched)
+        parts = [f"{self.source}: {len(self.loaded)} of {total} tensors loaded"]
+        for what, names in self._rest().items():
+            parts.append(f"{len(names)} {what} ({_some(names)})")
+        return "; ".join(parts)
+
+    def details(self) -> str:
+        """Every tensor that was not loaded, one a line, below the line of ``str(report)``."""
+        return "\n".join([str(self)] + [f"  {what}: {name}" for what, names in self._rest().items() for name in names])
+
+    def _rest(self) -> dict[str, list[str]]:
+        rest = {"not given": self.missing, "not in the network": self.unknown, "of another size": self.mismatched}
+        return {what: names for what, names in rest.items() if names}
+
+
+def load_weights(network: DeepLab, source: str | Path) -> LoadReport:
+    """Copy weights into ``network`` where name and size agree.
+
+    Args:
+        network: changed in place. Its backbone must be given as a whole, its head need not.
+        source: ``imagenet``, which torchvision downloads once; or the path of a file: torchvision's ResNet, the COCO
+            weights for DeepLabV2, a checkpoint of the paper's released code, or the ``state_dict`` of such a network.
+
+    Raises:
+        UserError: nothing to download, no network, an unreadable file, or one that lacks tensors of the backbone.
+    """
+    given = download_imagenet(network) if str(source) == "imagenet" else read_tensors(Path(source))
+    given = {our_name(name): value for name, value in given.items() if not _is_counter(name)}
+    expected = {name: value for name, value in network.state_dict().items() if not _is_counter(name)}
+    fits = {name: given[name].shape == value.shape for name, value in expected.items() if name in given}
+
+    backbone = [name for name in expected if name.startswith("backbone.")]
+    lacking = [name for name in backbone if not fits.get(name)]
+    if lacking:
+        raise UserError(
+            f"weights {source}: {len(backbone) - len(lacking)} of {len(backbone)} tensors of the backbone are there at "
+            f"their size, not {_some(lacking)}; given are {_some(list(given))}: choose weights of the same network"
+        )
+    loaded = [name for name, fit in fits.items() if fit]
+    network.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    return LoadReport(
+        str(source),
+        loaded,
+        missing=[name for name in expected if name not in given],
+        unknown=[name for name in given if name not in expected],
+        mismatched=[
+            f"{name} {list(given[name].shape)} instead of {list(expected[name].shape)}"
+            for name, fit in fits.items()
+            if not fit
+        ],
+    )
+
+
+def download_imagenet(network: DeepLab) -> dict[str, Tensor]:
+    """ImageNet weights of the backbone of ``network``, from torchvision or its cache of earlier downloads.
+
+    Raises:
+        UserError: there are none for this form of the backbone, or they cannot be had.
+    """
+    weights = network.imagenet_weights
+    if weights is None:
+        raise UserError("deeplab_v2_coco has no weights to download: give --weights the path of the COCO weights")
+    try:
+        return weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # no network, no space, a damaged file: torch's hub raises many kinds
+        raise UserError(
+            f"ImageNet weights {weights.url} cannot be downloaded ({_reason(error)}): "
+            f"fetch that file where there is a network, and give its path: --weights PATH"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of the file at ``path``, on the CPU, under the names they have there; nothing else in it is run.
+
+    Raises:
+        UserError: there is no file, or none that holds tensors by name.
+    """
+    if not path.is_file():
+        raise UserError(f"weights {path} do not exist: give --weights the path of a file, or imagenet")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated and foreign files make torch raise many kinds
+        raise UserError(
+            f"weights {path} are truncated or not a file of PyTorch tensors ({_reason(error)}): fetch them again"
+        ) from error
+    if isinstance(content, dict):
+        content = content.get("model", content)  # a checkpoint holds more than the weights
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(
+            f"weights {path} hold no tensors by name: give a state_dict, or a checkpoint that has it as 'model'"
+        )
+    return tensors
+
+
+def our_name(name: str) -> str:
+    """Translate the name of a tensor in any file that :func:`load_weights` reads; ours and unknown names stay."""
+    if name.split(".")[0] in BACKBONE:
+        return f"backbone.{name}"
+    module, _, field = name.rpartition(".")
+    return f"{HEAD.get(module, module)}.{field}"
+
+
+def _is_counter(name: str) -> bool:
+    """Whether ``name`` is of a counter of BatchNorm: older files have none, and nothing here reads them."""
+    return name.endswith("num_batches_tracked")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
