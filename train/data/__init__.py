@@ -5,33 +5,60 @@ from __future__ import annotations
 from pathlib import Path
 
 from train.data.batches import Batches
+from train.data.camvid import open_camvid
+from train.data.cityscapes import open_cityscapes
 from train.data.folder import SegmentationDataset, check_dataset
+from train.data.gta5 import open_gta5
 from train.data.splits import split_labelled
+from train.data.voc import open_voc
 from train.errors import UserError
 
-__all__ = ["LANDCOVER", "Batches", "SegmentationDataset", "check_dataset", "open_dataset", "split_labelled"]
+__all__ = [
+    "LANDCOVER",
+    "PUBLISHED",
+    "Batches",
+    "SegmentationDataset",
+    "check_dataset",
+    "open_dataset",
+    "split_labelled",
+]
 
 LANDCOVER = Path(__file__).parent / "landcover"
 """Folder of the embedded land-cover tiles, itself a valid ``folder`` data set."""
 
 
-def open_dataset(name: str, split: str, root: Path | None = None) -> SegmentationDataset:
+PUBLISHED = {"cityscapes": open_cityscapes, "voc": open_voc, "gta5": open_gta5, "camvid": open_camvid}
+"""Published data sets, which you download yourself, and what opens each; their docstrings show the folders."""
+
+
+def open_dataset(name: str, split: str, root: Path | None = None, scale: float = 1.0) -> SegmentationDataset:
     """Open a data set by name.
 
     Args:
-        name: ``"landcover"`` (embedded tiles, needs no ``root``) or ``"folder"`` (your own, see `SegmentationDataset`).
+        name: ``"landcover"`` (embedded tiles, needs no ``root``), ``"folder"`` (your own, see `SegmentationDataset`) or
+            one of `PUBLISHED`.
         split: ``"train"`` or ``"val"``.
-        root: folder of the data; only for ``"folder"``.
+        root: folder of the data; not for ``"landcover"``.
+        scale: factor of the size at which images of `PUBLISHED` are read, see `PairDataset`; labels of ``"val"`` keep
+            their size.
 
     Raises:
-        UserError: unknown name or split, missing root, or anything wrong with the files.
+        UserError: unknown name or split, missing root, a scale that cannot be, or anything wrong with the files.
     """
     if split not in ("train", "val"):
         raise UserError(f"unknown split '{split}': expected 'train' or 'val'")
+    if name not in ("landcover", "folder", *PUBLISHED):
+        known = ", ".join(f"'{published}'" for published in PUBLISHED)
+        raise UserError(
+            f"unknown data set '{name}': expected 'landcover' (embedded), 'folder' (your own data), {known}"
+        )
+    if name not in PUBLISHED and scale != 1.0:
+        raise UserError(f"scale {scale}: data set '{name}' is read at its own size only; leave it 1")
     if name == "landcover":
         return SegmentationDataset(LANDCOVER, split, name="landcover")
+    if root is None:
+        parts = "with images/, masks/ and classes.txt" if name == "folder" else "that the data set is unpacked in"
+        raise UserError(f"data set '{name}' needs a root: give the folder {parts}")
     if name == "folder":
-        if root is None:
-            raise UserError("data set 'folder' needs a root: give the folder with images/, masks/ and classes.txt")
         return SegmentationDataset(root, split)
-    raise UserError(f"unknown data set '{name}': expected 'landcover' (embedded) or 'folder' (your own data)")
+    return PUBLISHED[name](root, split, scale)
