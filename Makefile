@@ -3,15 +3,17 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint bench env clean
+.PHONY: help demo test lint bench gpu env clean
 
 help:
 	@echo "make demo   train on real images and write runs/demo/report.md (about 6 minutes on 2 cores)"
 	@echo "make test   build and run all tests"
 	@echo "make lint   check style and types"
-	@echo "make bench  time the kernels beside other ways to compute the same"
+	@echo "make bench  time the operators beside other ways to compute the same (about 10 minutes on 2 cores)"
+	@echo "make gpu    on a machine with a GPU: build, test, sanitize, time (installs nothing)"
 	@echo "make env    versions, build and devices, for a bug report"
 	@echo "make clean  remove the build and .venv"
 
@@ -25,7 +27,11 @@ lint: .venv/installed
 	.venv/bin/pre-commit run --all-files --show-diff-on-failure
 
 bench: .venv/built
-	.venv/bin/python -m benchmarks.positive $(BENCH_ARGS)
+	.venv/bin/python -m benchmarks $(BENCH_ARGS)
+
+# with the Python that is there, because a machine with a GPU often has its own PyTorch and no network
+gpu:
+	$(PYTHON) scripts/gpu.py $(GPU_ARGS)
 
 env: .venv/built
 	.venv/bin/python -m pixcontrast.env

@@ -1,144 +1,193 @@
-"""Benchmark of the positive objective, forward and backward, all contenders in one run.
-
-Each contender's loss and gradients are first compared with the formula in float64; a wrong one is reported, not
-timed. Contenders take turns round by round, and a ratio is the median of the rounds' ratios, so that a slow moment of
-the machine hits all of them alike.
-
-    python -m benchmarks.positive [--case city large] [--rounds 20] [--out results.json]
-"""
+"""The positive objective of Alonso et al. (ICCV 2021) from rows, memory and weight logits: ways to compute it."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
-from .positive_contenders import CONTENDERS, Case, masked_pairs
+from pixcontrast.functional import memory_mean, positive_contrast
 
-# pixels, channels, classes, memory rows of each class, whether these have weights (in the released code they have not)
-CASES = {
-    "city": (21125, 256, 19, 256, False),
-    "city-paper": (21125, 256, 19, 256, True),
-    "large": (131072, 256, 19, 2048, False),
-    "small": (4096, 256, 19, 256, False),
-}
-TOLERANCE = 1e-3  # of the largest number of each result: tells a wrong formula from rounding in float32
-
-
-def worst_error(case: Case, name: str, truth: tuple[torch.Tensor, ...]) -> float:
-    """Largest deviation from float64, relative to the largest number of each of loss and gradients."""
-    results = case.step(CONTENDERS[name])
-    return max(float((r.double() - t).abs().max() / t.abs().max()) for r, t in zip(results, truth, strict=True))
-
-
-def milliseconds(case: Case, name: str) -> float:
-    start = time.perf_counter()
-    case.step(CONTENDERS[name])
-    return (time.perf_counter() - start) * 1e3
+from .problem import (
+    Contender,
+    Results,
+    SettledProblem,
+    Step,
+    Work,
+    differentiate,
+    forward_and_backward,
+    normal,
+    random_labels,
+)
 
 
-def copy_milliseconds(case: Case, rounds: int = 9) -> float:
-    """Time to read the features and write as much: the floor of any method that gives their gradient."""
-    target = torch.empty_like(case.features)
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        target.copy_(case.features.detach())
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+@dataclass
+class Positive(SettledProblem):
+    """Rows of pixels and a full memory."""
 
+    features: Tensor  # [P, D]
+    labels: Tensor  # [P] int64, every one a class
+    queue: Tensor  # [C, N, D], unit rows
+    weights: Tensor  # [P] logits
+    queue_weights: Tensor | None  # [C, N] logits, or None: all rows weigh the same, as in the released code
 
-def peak_mebibytes(case_name: str, name: str) -> float:
-    """Peak memory of one step above the inputs, in a fresh process (Linux)."""
-    code = f"from benchmarks.positive import _print_peak; _print_peak({case_name!r}, {name!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    def __post_init__(self) -> None:
+        self.dtype = self.features.dtype
+        self.leaves = {"features": self.features, "weights": self.weights}
+        if self.queue_weights is not None:
+            self.leaves["queue_weights"] = self.queue_weights
+        for leaf in self.leaves.values():
+            leaf.requires_grad_()
 
-
-def _resident(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def _print_peak(case_name: str, name: str) -> None:
-    _, dim, classes, _, weighted_rows = CASES[case_name]
-    Case.random(256, dim, classes, 8, weighted_rows).step(CONTENDERS[name])  # loads libraries, threads
-    case = Case.random(*CASES[case_name])
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = _resident("VmRSS")
-    case.step(CONTENDERS[name])
-    print(_resident("VmHWM") - before)
-
-
-def measure(case_name: str, names: list[str], rounds: int) -> list[dict]:
-    """One row for each contender."""
-    case = Case.random(*CASES[case_name])
-    truth = case.to(torch.float64).step(masked_pairs)
-    errors = {name: worst_error(case, name, truth) for name in names}
-    timed = [name for name in names if errors[name] <= TOLERANCE]
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for name in timed:
-        milliseconds(case, name)
-    for _ in tqdm(range(rounds), desc=case_name, leave=False):
-        for name in timed:
-            # the first calls of a turn find caches and heap as another contender left them
-            turn = [milliseconds(case, name) for _ in range(7)]
-            times[name].append(statistics.median(turn[2:]))
-    floor = copy_milliseconds(case)
-    rows = []
-    for name in names:
-        row: dict = {"case": case_name, "contender": name, "error": errors[name]}
-        if name in times:
-            low, median, high = (statistics.quantiles(times[name], n=10)[i] for i in (1, 4, 7))
-            ratios = [other / own for other, own in zip(times[name], times[timed[0]], strict=True)]
-            row |= {"ms": median, "ms_20": low, "ms_80": high, "slower_than_first": statistics.median(ratios)}
-            row |= {"times_copy": median / floor, "peak_mib": peak_mebibytes(case_name, name)}
-        rows.append(row)
-    return rows
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| case | contender | ms (20–80 %) | × the first | × a copy of the features | peak MiB | error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        head = f"| {row['case']} | {row['contender']} |"
-        if "ms" not in row:
-            lines.append(f"{head} wrong, not timed | | | | {row['error']:.1e} |")
-            continue
-        lines.append(
-            f"{head} {row['ms']:.2f} ({row['ms_20']:.2f}–{row['ms_80']:.2f}) | {row['slower_than_first']:.1f} "
-            f"| {row['times_copy']:.1f} | {row['peak_mib']:.0f} | {row['error']:.1e} |"
+    @staticmethod
+    def random(
+        pixels: int,
+        dim: int = 256,
+        classes: int = 19,
+        rows: int = 256,
+        weighted_rows: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Positive:
+        return Positive(
+            normal(device, pixels, dim).to(dtype),
+            random_labels(device, classes, pixels),
+            normalize(normal(device, classes, rows, dim, seed=1), dim=-1).to(dtype),
+            normal(device, pixels, seed=2),
+            normal(device, classes, rows, seed=3) if weighted_rows else None,
         )
-    return "\n".join(lines)
+
+    def work(self) -> Work:
+        rows, size = self.features.numel(), self.features.element_size()
+        # the norm, the similarity with the class mean, and both terms of the gradient
+        return Work(bytes=2 * rows * size + self.queue.numel() * size, flops=7 * rows, dtype=torch.float32)
+
+    def truth(self) -> Results:
+        features, queue, weights = (t.detach().double() for t in (self.features, self.queue, self.weights))
+        queue_weights = None if self.queue_weights is None else self.queue_weights.detach().double()
+        return differentiate(all_pairs, Positive(features, self.labels, queue, weights, queue_weights))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--case", nargs="+", choices=CASES, default=["city", "city-paper"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--skip", nargs="*", choices=CONTENDERS, default=[], help="contenders to leave out")
-    parser.add_argument("--out", type=Path, help="also write the rows and the machine as JSON")
-    arguments = parser.parse_args()
-    names = [name for name in CONTENDERS if name not in arguments.skip]
-    rows = [row for case in arguments.case for row in measure(case, names, arguments.rounds)]
-    print(f"float32, forward + backward, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(table(rows))
-    if arguments.out:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        arguments.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=1))
-        print(f"\nwritten to {arguments.out}")
+def extension(problem: Positive) -> Tensor:
+    """The compiled operators of this project."""
+    return _pixcontrast(problem, "extension")
 
 
-if __name__ == "__main__":
-    main()
+def reference(problem: Positive) -> Tensor:
+    """The readable PyTorch of this project."""
+    return _pixcontrast(problem, "reference")
+
+
+def _pixcontrast(problem: Positive, backend: str) -> Tensor:
+    weights, queue_weights = problem.weights, problem.queue_weights
+    return positive_contrast(
+        problem.features, problem.labels, problem.queue, weights=weights, queue_weights=queue_weights, backend=backend
+    ).loss
+
+
+def kept_means(problem: Positive) -> Step:
+    """The compiled operator alone, where a trainer keeps the class means of its memory."""
+    classes, rows = problem.queue.shape[:2]
+    counts = torch.full((classes,), rows, device=problem.queue.device)
+    mean = memory_mean(problem.queue, counts)
+
+    def step() -> Results:
+        loss, _, _, _, features, weights, _ = torch.ops.pixcontrast.positive(
+            problem.features, problem.labels, problem.weights, mean, counts, 1.0, -1, True, True, False
+        )
+        return {"loss": loss, "features": features, "weights": weights}
+
+    return step
+
+
+def all_pairs(problem: Positive) -> Tensor:
+    """The formula as it stands: for each class a masked copy of its rows, and all pairs of rows and memory."""
+    classes = problem.queue.shape[0]
+    loss = problem.features.new_zeros(())
+    for c in range(classes):
+        mask = problem.labels == c
+        queue_weights = None if problem.queue_weights is None else problem.queue_weights[c]
+        loss = loss + class_pairs(problem.features[mask], problem.queue[c], problem.weights[mask], queue_weights)
+    return loss / classes
+
+
+def class_pairs(rows: Tensor, memory: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
+    """Weighted mean distance of all pairs of one class: ``rows [M, D]``, ``memory [N, D]``, logits ``[M]``, ``[N]``."""
+    if len(rows) < 2 or len(memory) < 2:
+        return rows.new_zeros(())
+    w = torch.sigmoid(a)
+    pairs = (1 - normalize(rows, dim=1) @ normalize(memory, dim=1).t()) * (len(rows) * w / w.sum())[:, None]
+    if b is not None:
+        v = torch.sigmoid(b)
+        pairs = pairs * (len(memory) * v / v.sum())[None, :]
+    return pairs.mean()
+
+
+class OneHot(torch.autograd.Function):
+    """Factorised, with class sums as products with a one-hot matrix and the backward written by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, labels: Tensor, queue: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
+        classes = queue.shape[0]
+        one_hot = torch.nn.functional.one_hot(labels, classes).to(features.dtype)
+        s = torch.sigmoid(a)
+        t = queue.new_ones(queue.shape[:2]) if b is None else torch.sigmoid(b)
+        w = s / (s @ one_hot)[labels]
+        v = t / t.sum(1, keepdim=True)
+        norm = torch.linalg.vector_norm(features, dim=1).clamp_min(1e-12)
+        memory = queue / torch.linalg.vector_norm(queue, dim=2, keepdim=True).clamp_min(1e-12)
+        mean = torch.bmm(v[:, None], memory)[:, 0]
+        cosine = (features @ mean.t()).gather(1, labels[:, None])[:, 0] / norm
+        class_cosine = (w * cosine) @ one_hot
+        sums = one_hot.t() @ (features * (w / norm)[:, None]) if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(features, labels, memory, s, t, w, v, norm, mean, cosine, class_cosine, sums)
+        return (w * (1 - cosine)).sum() / classes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, labels, memory, s, t, w, v, norm, mean, cosine, class_cosine, sums = ctx.saved_tensors
+        scale = grad / memory.shape[0]
+        towards = -scale * w / norm
+        d_features = torch.addcmul(mean[labels] * towards[:, None], features, (-towards * cosine / norm)[:, None])
+        d_a = scale * w * (1 - s) * (class_cosine[labels] - cosine)
+        if sums is None:
+            return d_features, None, None, d_a, None
+        of_rows = torch.bmm(memory, sums[:, :, None])[:, :, 0]
+        d_b = -scale * v * (1 - t) * (of_rows - (sums * mean).sum(1, keepdim=True))
+        return d_features, None, None, d_a, d_b
+
+
+def one_hot(problem: Positive) -> Tensor:
+    """The best eager PyTorch known."""
+    return OneHot.apply(problem.features, problem.labels, problem.queue, problem.weights, problem.queue_weights)
+
+
+def _index_add(features: Tensor, labels: Tensor, queue: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
+    classes = queue.shape[0]
+    s = torch.sigmoid(a)
+    t = queue.new_ones(queue.shape[:2]) if b is None else torch.sigmoid(b)
+    w = s / s.new_zeros(classes).index_add(0, labels, s)[labels]
+    mean = torch.einsum("cn,cnd->cd", t / t.sum(1, keepdim=True), normalize(queue, dim=2))
+    cosine = (normalize(features, dim=1) * mean[labels]).sum(1)
+    return (w * (1 - cosine)).sum() / classes
+
+
+def compiled(problem: Positive) -> Step:
+    """The factorised form written for the compiler, under ``torch.compile``."""
+    loss = torch.compile(_index_add, dynamic=False)
+    return forward_and_backward(lambda p: loss(p.features, p.labels, p.queue, p.weights, p.queue_weights))(problem)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "pixcontrast": forward_and_backward(extension),
+    "pixcontrast, means kept": kept_means,
+    "pixcontrast reference": forward_and_backward(reference),
+    "best eager": forward_and_backward(one_hot),
+    "torch.compile": compiled,
+    "formula as it stands": forward_and_backward(all_pairs),
+}

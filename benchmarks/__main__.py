@@ -1,0 +1,89 @@
+"""Time this project's operators beside other ways to compute the same.
+
+python -m benchmarks                                  the sizes of the papers, about 10 minutes on 2 cores
+python -m benchmarks --quick --case city              less rounds, no peak memory
+python -m benchmarks --case sweeps                    how cost grows with pixels, rows, classes, channels, anchors
+python -m benchmarks --compare earlier/results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .cases import CASES, GROUPS, select
+from .machine import describe
+from .measure import Effort, measure
+from .plots import draw
+from .released import Checkouts
+from .report import Report, comparison, markdown
+
+QUICK = Effort(rounds=7, seconds=3.0, memory=False)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--case", nargs="+", metavar="NAME", help=f"cases or groups ({', '.join(GROUPS)}); default: paper"
+    )
+    made.add_argument("--list", action="store_true", help="show all cases and stop")
+    made.add_argument(
+        "--quick", action="store_true", help="a short look: few rounds, no peak memory; default case: quick"
+    )
+    made.add_argument("--skip", nargs="+", default=[], metavar="CONTENDER", help="contenders to leave out")
+    made.add_argument("--rounds", type=int, help=f"turns of each contender, at most (default: {Effort.rounds})")
+    made.add_argument("--seconds", type=float, help=f"for all rounds of a case (default: {Effort.seconds:.0f})")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the report (default: runs/bench)")
+    made.add_argument("--compare", type=Path, metavar="FILE", help="results.json of an earlier run")
+    made.add_argument("--semiseg", type=Path, metavar="DIR", help="checkout of Shathe/SemiSeg-Contrastive to time too")
+    made.add_argument(
+        "--contrastiveseg", type=Path, metavar="DIR", help="checkout of tfzhou/ContrastiveSeg to time too"
+    )
+    return made
+
+
+def effort_of(arguments: argparse.Namespace) -> Effort:
+    base = QUICK if arguments.quick else Effort()
+    return Effort(arguments.rounds or base.rounds, arguments.seconds or base.seconds, base.memory)
+
+
+def main(given: list[str] | None = None) -> None:
+    arguments = parser().parse_args(given)
+    if arguments.list:
+        print("\n".join(f"{case.name:22} {case.about}" for case in CASES.values()))
+        return
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no GPU")
+    try:
+        cases = select(arguments.case or ["quick" if arguments.quick else "paper"])
+        earlier = Report.load(arguments.compare) if arguments.compare else None
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"benchmarks: {error}")
+    checkouts = Checkouts(arguments.semiseg, arguments.contrastiveseg)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    report = Report(describe(arguments.device), [])
+    with tqdm(cases, unit="case") as bar:
+        for case in bar:
+            outcome = measure(
+                case, arguments.device, effort_of(arguments), checkouts, frozenset(arguments.skip), bar.set_description
+            )
+            report.outcomes.append(outcome)
+            report.save(arguments.out / "results.json")  # what is done is kept if the run is cut off
+    text = markdown(report)
+    if earlier:
+        text += "\n" + comparison(report, earlier) + "\n"
+    pictures = draw(report, arguments.out)
+    (arguments.out / "report.md").write_text(text + "".join(f"\n![]({path.name})\n" for path in pictures))
+    print(f"\n{text}\nReport: {arguments.out / 'report.md'}, numbers: {arguments.out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

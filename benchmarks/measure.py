@@ -1,0 +1,172 @@
+"""Checks every contender of a case against the truth, and times the right ones in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .cases import Case
+from .clock import Clock, clock_of
+from .machine import Ceilings
+from .memory import peak_mebibytes
+from .problem import Problem, Step
+from .released import Checkouts
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        rounds: each contender has one turn in a round.
+        seconds: after its share of these, a contender that has had three turns has no more.
+        memory: whether to measure peak memory, each in a fresh process.
+    """
+
+    rounds: int = 20
+    seconds: float = 8.0
+    memory: bool = True
+
+
+@dataclass
+class Row:
+    """What came out for one contender. Times in milliseconds; ``None``: not measured."""
+
+    contender: str
+    status: str  # "ok", "wrong" or "failed"
+    error: float | None = None  # deviation from float64
+    note: str = ""
+    ms: float | None = None
+    ms_20: float | None = None
+    ms_80: float | None = None
+    ratio: float | None = None  # times slower than the first contender
+    times_floor: float | None = None
+    peak_mib: float | None = None
+    rounds: int = 0
+
+
+@dataclass
+class Outcome:
+    """What came out for one case."""
+
+    case: str
+    about: str
+    work: dict[str, float | str]
+    floor_ms: float = 0.0
+    rest_ms: float | None = None  # of a whole training step without the contrast
+    rates: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    sweep: str = ""
+    x: int = 0
+
+
+Progress = Callable[[str], None]
+
+
+def measure(
+    case: Case, device: str, effort: Effort, checkouts: Checkouts, skip: frozenset[str], progress: Progress
+) -> Outcome:
+    """One row for each contender that is not in ``skip``."""
+    problem = case.problem(device)
+    work = problem.work()
+    outcome = Outcome(
+        case.name, case.about, {"bytes": work.bytes, "flops": work.flops, "dtype": str(work.dtype)},
+        sweep=case.sweep, x=case.x,
+    )  # fmt: skip
+    steps: dict[str, Step] = {}
+    for name, contender in case.contenders_of(problem, checkouts).items():
+        if name in skip:
+            continue
+        progress(f"{case.name}: checking {name}")
+        row, step = _check(problem, name, contender)
+        outcome.rows.append(row)
+        if step is not None:
+            steps[name] = step
+    _time(outcome, problem, steps, device, effort, progress)
+    steps.clear()
+    for rest, count in problem.surroundings():
+        progress(f"{case.name}: the rest of the step")
+        clock = clock_of(device)
+        ready = clock.prepare(rest)
+        clock.seconds(ready)  # warms up
+        outcome.rest_ms = (outcome.rest_ms or 0.0) + 1e3 * count * clock.seconds(ready)
+    del problem
+    if effort.memory:
+        for row in outcome.rows:
+            if row.status == "ok":
+                progress(f"{case.name}: memory of {row.contender}")
+                row.peak_mib = peak_mebibytes(case, row.contender, device, checkouts, torch.get_num_threads())
+    return outcome
+
+
+def _check(problem: Problem, name: str, contender: Callable[[Problem], Step]) -> tuple[Row, Step | None]:
+    """The row of a contender, and its step if it does the right thing."""
+    try:
+        step = contender(problem)
+        error = problem.error(step())
+    except Exception as failure:  # a contender that cannot run here must not stop the others
+        return Row(name, "failed", note=f"{type(failure).__name__}: {failure}".splitlines()[0]), None
+    if not problem.accepts(error):
+        return Row(name, "wrong", error), None
+    return Row(name, "ok", error), step
+
+
+def _time(
+    outcome: Outcome, problem: Problem, steps: dict[str, Step], device: str, effort: Effort, progress: Progress
+) -> None:
+    """Fill in times, ratios and the floor."""
+    ceilings = Ceilings(problem.work(), device)
+    times = interleaved(
+        {**ceilings.steps, **steps}, clock_of(device), effort, lambda: progress(f"{outcome.case}: timing")
+    )
+    copies, products = times.pop("copy"), times.pop("matmul")
+    floors = [ceilings.floor(copy, product) for copy, product in zip(copies, products, strict=False)]
+    outcome.floor_ms = statistics.median(floors) * 1e3
+    outcome.rates = ceilings.rates(statistics.median(copies), statistics.median(products))
+    first = outcome.rows[0].contender if outcome.rows else ""
+    for row in outcome.rows:
+        own = times.get(row.contender)
+        if not own:
+            continue
+        row.rounds = len(own)
+        row.ms_20, row.ms, row.ms_80 = (1e3 * value for value in quantiles(own))
+        row.times_floor = statistics.median(a / b for a, b in zip(own, floors, strict=False))
+        if first in times:
+            row.ratio = statistics.median(a / b for a, b in zip(own, times[first], strict=False))
+
+
+def interleaved(
+    steps: Mapping[str, Step], clock: Clock, effort: Effort, after_round: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of each step, one number for each round that it took part in.
+
+    In each round every step has one turn, so that a slow moment of the machine hits all alike. Slow steps take part in
+    the first rounds only.
+    """
+    calls, rounds, ready = {}, {}, {}
+    for name, step in steps.items():
+        ready[name] = clock.prepare(step)
+        cost = clock.seconds(ready[name])  # also warms up
+        calls[name] = min(max(int(0.1 / cost), 1), 7)
+        share = effort.seconds / len(steps)
+        rounds[name] = min(max(int(share / (cost * calls[name])), 3), effort.rounds)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(max(rounds.values(), default=0)):
+        for name, step in ready.items():
+            if number < rounds[name]:
+                turn = [clock.seconds(step) for _ in range(calls[name])]
+                # the first calls of a turn find caches and heap as another step left them
+                times[name].append(statistics.median(turn[2:] if len(turn) > 4 else turn))
+        after_round()
+    return times
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20, 50 and 80 % quantile."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[1], statistics.median(values), tenths[7]

@@ -1,0 +1,113 @@
+"""What is measured: inputs, the step to be timed, and the truth that its result is held against."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Results = dict[str, Tensor]
+"""The loss, and the gradient of each leaf by the name of the leaf."""
+Step = Callable[[], Results]
+Contender = Callable[[Any], Step]
+"""Prepares a step for a problem: what it does before it returns the step is not timed."""
+
+# of the largest number of each result: tells a wrong formula from rounding
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What no way to solve a problem can do without."""
+
+    bytes: int  # read or written in main memory: inputs once, gradients once
+    flops: int
+    dtype: torch.dtype  # of the matrix products
+
+
+class Problem(ABC):
+    """Inputs of one measurement.
+
+    Attributes:
+        leaves: tensors that want a gradient.
+        dtype: of the inputs, which sets the tolerance.
+    """
+
+    leaves: dict[str, Tensor]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def work(self) -> Work:
+        """The floor of this problem."""
+
+    @abstractmethod
+    def error(self, results: Results) -> float:
+        """Largest deviation from float64, relative to the largest number of each result; infinite for nonsense."""
+
+    def surroundings(self) -> list[tuple[Step, float]]:
+        """The rest of a training step: parts of it, and how often each counts in a whole one. Empty: there is none."""
+        return []
+
+    def accepts(self, error: float) -> bool:
+        return error <= TOLERANCE[self.dtype]
+
+
+class SettledProblem(Problem):
+    """A problem with one right result."""
+
+    @abstractmethod
+    def truth(self) -> Results:
+        """The result by the formula as it stands, in float64."""
+
+    @functools.cached_property
+    def _truth(self) -> Results:
+        return self.truth()
+
+    def error(self, results: Results) -> float:
+        return deviation(results, self._truth)
+
+
+def deviation(results: Results, truth: Results) -> float:
+    """Largest difference, relative to the largest true number, over all results; infinite where one is missing."""
+    worst = 0.0
+    for name, true in truth.items():
+        if name not in results or results[name].shape != true.shape:
+            return float("inf")
+        difference = (results[name].detach().to(true) - true).abs().max()
+        worst = max(worst, float(difference.nan_to_num(float("inf")) / true.abs().max()))
+    return worst
+
+
+def forward_and_backward(loss: Callable[[Any], Tensor]) -> Contender:
+    """The contender whose step is ``loss(problem)`` and its backward."""
+
+    @functools.wraps(loss)
+    def contender(problem: Problem) -> Step:
+        return functools.partial(differentiate, loss, problem)
+
+    return contender
+
+
+def differentiate(loss: Callable[[Any], Tensor], problem: Problem) -> Results:
+    """``loss(problem)`` and the gradients of the problem's leaves."""
+    for leaf in problem.leaves.values():
+        leaf.grad = None
+    value = loss(problem)
+    value.backward()
+    gradients = {name: leaf.grad for name, leaf in problem.leaves.items() if leaf.grad is not None}
+    return {"loss": value.detach(), **gradients}
+
+
+def normal(device: str, *shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def random_labels(device: str, classes: int, *shape: int, seed: int = 0, lowest: int = 0) -> Tensor:
+    """Classes in ``[lowest, classes)``, the same on every device."""
+    return torch.randint(lowest, classes, shape, generator=torch.Generator().manual_seed(seed)).to(device)
