@@ -3,10 +3,13 @@
 Environment:
     PIXCONTRAST_CUDA: ``auto`` (default) builds the CUDA kernels if this PyTorch has CUDA and nvcc is found; ``1``
         insists; ``0`` leaves them out. Whether the machine has a GPU does not matter.
-    TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every PyTorch extension.
+    TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every PyTorch extension. Without the first, the kernels are built for the GPU
+        of this machine or, where there is none, for all that are supported.
 """
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,18 +25,32 @@ except ImportError:
     )
 
 
+def missing_for_cuda() -> str | None:
+    """What keeps the CUDA kernels from being built, if anything does."""
+    if torch.version.cuda is None:
+        return "this PyTorch has no CUDA; install a CUDA build of it"
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if not nvcc.exists():
+        return f"no nvcc (CUDA_HOME is {CUDA_HOME}); install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
+    version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if version is None or version[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is not of CUDA {torch.version.cuda}, which PyTorch was built with; set CUDA_HOME to one that is"
+    return None
+
+
 def with_cuda() -> bool:
     """Whether to build the CUDA kernels."""
     wish = os.environ.get("PIXCONTRAST_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         sys.exit(f"PIXCONTRAST_CUDA must be auto, 0 or 1, got {wish!r}")
-    possible = torch.version.cuda is not None and CUDA_HOME is not None and (Path(CUDA_HOME) / "bin/nvcc").exists()
-    if wish == "1" and not possible:
-        sys.exit(
-            f"PIXCONTRAST_CUDA=1, but PyTorch has CUDA {torch.version.cuda} and nvcc was looked for in {CUDA_HOME}.\n"
-            "Install a CUDA build of PyTorch and the CUDA toolkit (or set CUDA_HOME), or build with PIXCONTRAST_CUDA=0"
-        )
-    return possible and wish != "0"
+    if wish == "0":
+        return False
+    missing = missing_for_cuda()
+    if missing and wish == "1":
+        sys.exit(f"PIXCONTRAST_CUDA=1, but {missing}; or build with PIXCONTRAST_CUDA=0")
+    if missing:
+        print(f"pixcontrast: building without CUDA kernels: {missing}")
+    return missing is None
 
 
 def compiler_flags() -> list[str]:
@@ -45,21 +62,27 @@ def compiler_flags() -> list[str]:
     return flags
 
 
+ARCHITECTURES = "7.5;8.0;9.0+PTX"  # 8.0 also runs on 8.6 and 8.9; the PTX on whatever comes later
+
+
 def extension():
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-    kernels = sorted(str(path) for path in Path("csrc").rglob("*.cu"))
-    cuda = bool(kernels) and with_cuda()
+    cuda = with_cuda()
+    if cuda and not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    sources = [str(path) for path in Path("csrc").rglob("*.cpp")]
+    if cuda:
+        sources += [str(path) for path in Path("csrc").rglob("*.cu")]
+    macros = [
+        ("PIXCONTRAST_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("PIXCONTRAST_CUDA_VERSION", f'"{torch.version.cuda}"' if cuda else '""'),
+    ]
     return (CUDAExtension if cuda else CppExtension)(
         "pixcontrast._C",
-        sources + (kernels if cuda else []),
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-        define_macros=[
-            ("PIXCONTRAST_TORCH_VERSION", f'"{torch.__version__}"'),
-            ("PIXCONTRAST_CUDA_VERSION", f'"{torch.version.cuda}"' if cuda else '""'),
-        ],
-        extra_compile_args={"cxx": compiler_flags(), "nvcc": ["-O3", "-std=c++17"]},
+        sorted(sources),
+        depends=sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)),
+        define_macros=[*macros, ("PIXCONTRAST_WITH_CUDA", None)] if cuda else macros,
+        extra_compile_args={"cxx": compiler_flags(), "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]},
     )
 
 
-with_cuda()  # complain about a wish that cannot be met even while there are no CUDA kernels
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

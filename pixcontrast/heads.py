@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, leaky_relu, relu
 
+from . import ops
+from .functional import project
+
 
 class MaskedBatchNorm1d(nn.BatchNorm1d):
     """``BatchNorm1d`` over the valid rows of a batch.
@@ -123,8 +126,9 @@ class ClassSelectors(nn.Module):
         sorted_rows = torch.where(counted[:, None], rows[order], 0)
         # rows of no class sit at the end, as zeros, in the last group
         ends = torch.searchsorted(ordered, torch.arange(1, classes + 1, device=rows.device))
-        ends = torch.cat([ends[:-1], ends.new_tensor([total])]).to(torch.int32)
-        index = ordered.clamp_max(classes - 1)
+        ends = torch.cat([ends[:-1], torch.full_like(ends[:1], total)]).to(torch.int32)
+        # [P, C] one-hot: sums over classes, and what each row gets of its class, are matrix products; deterministic
+        member = ordered[:, None] == torch.arange(classes, device=rows.device)
 
         weight1: Tensor = self.weight1
         if torch.is_autocast_enabled(rows.device.type):
@@ -132,44 +136,40 @@ class ClassSelectors(nn.Module):
             sorted_rows, weight1 = sorted_rows.to(half), weight1.to(half)
         hidden = grouped_linear(sorted_rows, weight1, ends)
         with torch.autocast(rows.device.type, enabled=False):
-            hidden = self._normalise(precise(hidden), index, counted).to(hidden.dtype)
-        hidden = leaky_relu(hidden, 0.2)
-        logits = (hidden @ self.weight2.t() + self.bias2).gather(1, index[:, None])[:, 0]
-        return torch.zeros_like(logits).scatter(0, order, torch.where(counted, logits, 0))
+            hidden = self._normalise(precise(hidden), member).to(hidden.dtype)
+        logits = leaky_relu(hidden, 0.2) @ self.weight2.t() + self.bias2
+        logits = torch.where(member, logits, 0).sum(1)
+        return torch.zeros_like(logits).scatter(0, order, logits)
 
-    def _normalise(self, hidden: Tensor, index: Tensor, counted: Tensor) -> Tensor:
+    def _normalise(self, hidden: Tensor, member: Tensor) -> Tensor:
         """BatchNorm of each class over its own rows; a class with one row uses its running statistics.
 
         ``bias1`` cancels in the batch statistics, so it enters only where the running ones are used.
         """
+        member = member.to(hidden.dtype)
         running_shift = self.bias1 - self.running_mean
         if not self.training:
             scale = torch.rsqrt(self.running_var + self.eps) * self.norm_weight
-            return (hidden + running_shift[index]) * scale[index] + self.norm_bias[index]
-        member = (torch.arange(self.bias2.shape[0], device=index.device) == index[:, None]) & counted[:, None]
-        member = member.to(hidden.dtype)  # [P, C] one-hot: sums over classes as matrix products, deterministic
+            return self._affine(hidden, member, scale, running_shift * scale + self.norm_bias)
         count = member.sum(0)[:, None]
         mean = member.t() @ hidden / count.clamp_min(1)
-        centred = hidden - mean[index]
+        centred = hidden - member @ mean
         variance = member.t() @ centred.square() / count.clamp_min(1)
         enough = count >= 2
+        shift = torch.where(enough, 0, mean + running_shift)
+        scale = torch.rsqrt(torch.where(enough, variance, self.running_var.clone()) + self.eps) * self.norm_weight
         with torch.no_grad():
             rate = torch.zeros_like(count).masked_fill(enough, self.momentum)
             target = mean + self.bias1
             unbiased = variance * count / (count - 1).clamp_min(1)
-            running_mean, running_var = self.running_mean.clone(), self.running_var.clone()
             self.running_mean.add_(rate * (target - self.running_mean))
             self.running_var.add_(rate * (unbiased - self.running_var))
-        scale = torch.rsqrt(torch.where(enough, variance, running_var) + self.eps) * self.norm_weight
-        shift = torch.where(enough, 0, mean + self.bias1 - running_mean)
-        return (centred + shift[index]) * scale[index] + self.norm_bias[index]
+        return self._affine(centred, member, scale, shift * scale + self.norm_bias)
 
-
-def project(features: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from .reference import as_rows
-
-    rows = torch.where(index[:, None] >= 0, as_rows(features)[index.clamp_min(0)], 0)
-    return torch.where(index[:, None] >= 0, torch.nn.functional.linear(rows, weight, bias), 0)
+    @staticmethod
+    def _affine(rows: Tensor, member: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """``rows [P, E]`` times the scale ``[C, E]`` of their class, plus its shift."""
+        return rows * (member @ scale) + member @ shift
 
 
 def precise(rows: Tensor) -> Tensor:
@@ -191,6 +191,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[P, E]``.
     """
+    if _needs_own_kernel(rows):
+        return torch.ops.pixcontrast.grouped_linear_cuda(rows, weight, ends)
     if _grouped_mm_takes(rows, weight):
         return grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     # float64 and odd widths: one product a class (waits for the device)
@@ -201,11 +203,19 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("pixcontrast::grouped_outer", mutates_args=())
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``sum_i left[i] right[i].T`` of each class, for rows sorted by class: ``[P, E]``, ``[P, D]`` to ``[C, E, D]``."""
+    if _needs_own_kernel(left):
+        return torch.ops.pixcontrast.grouped_outer_cuda(left, right, ends)
     if _grouped_mm_takes(left, right):
         return grouped_mm(left.t(), right, offs=ends)
     splits = ends[:-1].tolist()
     pairs = zip(left.tensor_split(splits), right.tensor_split(splits), strict=True)
     return torch.stack([one.t() @ other for one, other in pairs])
+
+
+def _needs_own_kernel(matrix: Tensor) -> bool:
+    """Whether ``grouped_mm`` would wait for the device, as it does on CUDA with all dtypes but bfloat16."""
+    own = ops.missing_kernel(matrix.device, matrix.dtype) is None
+    return own and matrix.device.type == "cuda" and matrix.dtype != torch.bfloat16
 
 
 def _grouped_mm_takes(*matrices: Tensor) -> bool:

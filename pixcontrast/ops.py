@@ -81,6 +81,40 @@ if available():
             torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
         )
 
+    @torch.library.register_fake("pixcontrast::project")
+    def _(features: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return features.new_empty((index.shape[0], weight.shape[0]))
+
+    @torch.library.register_fake("pixcontrast::project_backward")
+    def _(
+        grad: Tensor,
+        features: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        features_grad: bool,
+        weight_grad: bool,
+        bias_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels_last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return (
+            torch.empty_like(features, memory_format=memory_format) if features_grad else features.new_empty(0),
+            weight.new_empty(weight.shape if weight_grad else 0),
+            weight.new_empty(weight.shape[:1] if bias_grad else 0),
+        )
+
+    @torch.library.register_fake("pixcontrast::scale_")
+    def _(numbers: Tensor, factor: Tensor) -> None:
+        return None
+
+    @torch.library.register_fake("pixcontrast::grouped_linear_cuda")
+    def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return rows.new_empty((rows.shape[0], weight.shape[1]))
+
+    @torch.library.register_fake("pixcontrast::grouped_outer_cuda")
+    def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+        return left.new_empty((ends.shape[0], left.shape[1], right.shape[1]))
+
     @torch.library.register_fake("pixcontrast::infonce")
     def _(
         features: Tensor,

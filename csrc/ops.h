@@ -1,0 +1,151 @@
+// What the files of the operators share: tensors as the kernels see them, dispatch by dtype and device. Only these
+// files
+// (*_ops.cpp) know both.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "positive.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef PIXCONTRAST_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace pixcontrast {
+
+using at::Tensor;
+using std::optional;
+
+// The dtype that sums are kept in.
+inline at::ScalarType accumulation(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline optional<Tensor> contiguous(const optional<Tensor>& t) {
+  return t.has_value() ? optional<Tensor>(t->contiguous()) : optional<Tensor>();
+}
+
+// The numbers of a tensor; null where there is none. T need not be the name that PyTorch has for the dtype.
+template <class T>
+const T* read(const Tensor& t) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
+template <class T>
+const T* read(const optional<Tensor>& t) {
+  return t.has_value() ? read<T>(*t) : nullptr;
+}
+template <class T>
+T* write(const Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+// ---- features [P, D] or [B, D, H, W]
+
+inline void check_features(const Tensor& features) {
+  TORCH_CHECK_VALUE(features.dim() == 2 || features.dim() == 4, "features must be [P, D] or [B, D, H, W], got ",
+                    features.sizes());
+}
+
+inline at::MemoryFormat format_of(const Tensor& features) {
+  const bool channels_last = features.dim() == 4 && features.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+inline FeatureLayout layout_of(const Tensor& features) {
+  const bool planes = features.dim() == 4 && format_of(features) == at::MemoryFormat::Contiguous;
+  return {features.numel() / std::max<int64_t>(features.size(1), 1), features.size(1),
+          planes ? features.size(2) * features.size(3) : 0};
+}
+
+// Memory beyond what malloc keeps is fresh every time, and taking it from the system in pages of 4 KB costs several
+// times as much as filling it: 67 MB took 20 ms instead of 5.
+inline void use_large_pages(const Tensor& t) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  if (!t.is_cpu() || t.nbytes() < 16 * kPage) return;
+  const auto start = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
+  const auto end = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + t.nbytes();
+  madvise(reinterpret_cast<void*>(start), (end - start) / kPage * kPage, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
+}
+
+inline Tensor empty_like_features(const Tensor& features) {
+  const auto made = at::empty_like(features, features.options().memory_format(format_of(features)));
+  use_large_pages(made);
+  return made;
+}
+
+// `t`, or an empty tensor where an operator has nothing to return.
+inline Tensor made(const Tensor& t, const Tensor& like) {
+  return t.defined() ? t : at::empty({0}, like.options().memory_format(std::nullopt));
+}
+
+// ---- dispatch
+
+// body(T{}) with the type that CPU kernels have for the dtype of the tensor.
+template <class Body>
+void dispatch_cpu(const Tensor& t, const char* name, const Body& body) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return body(float{});
+    case at::kDouble:
+      return body(double{});
+    case at::kBFloat16:
+      return body(c10::BFloat16{});
+    case at::kHalf:
+      return body(c10::Half{});
+    default:
+      TORCH_CHECK_TYPE(false, name, ": no kernel for ", t.scalar_type());
+  }
+}
+
+#ifdef PIXCONTRAST_WITH_CUDA
+// body(T{}, stream) with the type that CUDA kernels have for the dtype of the tensor, on its device.
+template <class Body>
+void dispatch_cuda(const Tensor& t, const char* name, const Body& body) {
+  const c10::cuda::CUDAGuard guard(t.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const auto type = t.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name, ": no CUDA kernel for ",
+                   type, "; use float32, bfloat16 or float16, or backend=\"reference\"");
+  if (type == at::kFloat) C10_CUDA_CHECK(body(float{}, stream));
+  if (type == at::kBFloat16) C10_CUDA_CHECK(body(__nv_bfloat16{}, stream));
+  if (type == at::kHalf) C10_CUDA_CHECK(body(__half{}, stream));
+}
+
+// Memory for a launch. PyTorch hands it out again only to later work of the same stream.
+inline Tensor workspace(size_t bytes, const Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte).memory_format(std::nullopt));
+}
+
+// A number that describes the device of the tensor.
+inline int attribute(const Tensor& t, cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, t.get_device()));
+  return value;
+}
+inline int sm_count(const Tensor& t) { return attribute(t, cudaDevAttrMultiProcessorCount); }
+
+// Whether the user lets matrix products of float32 be rounded to tf32.
+inline bool allow_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
+// Whether matrix products of tensors like this go to tensor cores.
+inline bool tensor_cores(const Tensor& t) {
+  return attribute(t, cudaDevAttrComputeCapabilityMajor) >= 8 && (t.scalar_type() != at::kFloat || allow_tf32());
+}
+#endif
+
+}  // namespace pixcontrast

@@ -1,0 +1,165 @@
+"""Compiles kernels for the CPU, and for the GPU if there is one; objects and libraries are kept in ``build/cusim``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+BENCH = Path(__file__).parent
+ROOT = BENCH.parent.parent
+RUNTIME = BENCH / "runtime"
+CACHE = ROOT / "build" / "cusim"
+INCLUDES = (ROOT / "csrc", RUNTIME)
+
+UNUSED = 24 * 3600.0  # seconds after which a file of the cache goes when something takes its place
+CXX = os.environ.get("CXX", "g++")  # GNU's: the sanitizers of others have other call-backs
+CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+
+
+class CompileError(Exception):
+    """The compiler's complaint."""
+
+
+def cuda_headers() -> Path | None:
+    """Those that PyTorch's triton brings along, which need no toolkit, or the toolkit's."""
+    triton = importlib.util.find_spec("triton")
+    places = [Path(triton.origin).parent / "backends/nvidia/include"] if triton and triton.origin else []
+    return next((place for place in [*places, CUDA_HOME / "include"] if (place / "crt/host_defines.h").exists()), None)
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which(CUDA_HOME / "bin" / "nvcc")
+
+
+def missing() -> str | None:
+    """What this machine lacks to compile kernels for the CPU, if anything."""
+    if shutil.which(CXX) is None:
+        return f"no C++ compiler {CXX} (set CXX)"
+    if cuda_headers() is None:
+        return f"no CUDA headers, neither in triton nor in {CUDA_HOME} (set CUDA_HOME)"
+    return None
+
+
+@dataclass(frozen=True)
+class Build:
+    """Commands that compile a kernel, compile the runtime, and link; the sanitizer that the process must load first."""
+
+    kernel: tuple[str, ...]
+    runtime: tuple[str, ...]
+    link: tuple[str, ...]
+    sources: tuple[Path, ...] = tuple(sorted(RUNTIME.glob("*.cpp")))
+    preload: str | None = None
+
+
+def _builds() -> dict[str, Build]:
+    gnu = (
+        CXX,
+        "-std=c++17",
+        "-g",
+        "-fPIC",
+        *(f"-I{folder}" for folder in INCLUDES),
+        f"-isystem{cuda_headers()}",
+        "-xc++",
+    )
+    asan = (*gnu, "-O1", "-DCUSIM_ASAN", "-fno-sanitize-recover=undefined")
+    # The compiler reports every access to race_callbacks.cpp, in place of its own thread sanitizer.
+    race = (*gnu, "-O1", "-DCUSIM_RACE", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=undefined")
+    link = (CXX, "-shared")
+    builds = {
+        "plain": Build((*gnu, "-O1"), (*gnu, "-O2"), link),
+        "asan": Build(
+            (*asan, "-fsanitize=address,undefined"),
+            (*asan, "-fsanitize=address"),
+            (*link, "-fsanitize=address,undefined"),
+            preload="libasan.so",
+        ),
+        "race": Build(race, (*gnu, "-O2", "-DCUSIM_RACE"), (*link, "-Wl,--no-as-needed", "-lubsan")),
+    }
+    if torch.cuda.is_available() and (cuda := nvcc()):
+        device = (
+            cuda,
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-arch=native",
+            "-Xcompiler=-fPIC",
+            f"-I{INCLUDES[0]}",
+            "-xcu",
+        )
+        builds["gpu"] = Build(device, device, (cuda, "-shared"), (BENCH / "gpu_worker_api.cu",))
+    return builds
+
+
+BUILDS = _builds()
+
+
+class Libraries:
+    """The shared library of some sources in each build; compilation begins at once, in the background."""
+
+    _compilers = ThreadPoolExecutor(os.cpu_count() or 1)
+
+    def __init__(self, name: str, sources: list[Path]) -> None:
+        self.name = name
+        self._objects: dict[str, list[Future[Path]]] = {}
+        for key, build in BUILDS.items():
+            jobs = [(source, build.kernel) for source in sources] + [
+                (source, build.runtime) for source in build.sources
+            ]
+            self._objects[key] = [self._compilers.submit(compile_object, *job) for job in jobs]
+
+    def path(self, build: str) -> Path:
+        """Waits for the compiler and links; ``CompileError`` if it complains."""
+        objects = [job.result() for job in self._objects[build]]
+        # the names of the objects tell what is in them
+        return cached(f"{self.name}-{build}.so", (*BUILDS[build].link, *map(str, objects)), b"")
+
+
+@cache
+def compile_object(source: Path, command: tuple[str, ...]) -> Path:
+    return cached(f"{source.stem}.o", (*command, "-c", str(source)), text_of(source))
+
+
+def cached(name: str, command: tuple[str, ...], inputs: bytes) -> Path:
+    """The file that the command writes with ``-o``, from the cache if command, compiler and inputs are the same."""
+    key = hashlib.sha256("\0".join([_version(command[0]), *command]).encode() + inputs).hexdigest()[:16]
+    stem, suffix = name.split(".")
+    result = CACHE / f"{stem}-{key}.{suffix}"
+    if not result.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = result.with_suffix(f".{os.getpid()}.tmp")
+        compiled = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+        if compiled.returncode:
+            raise CompileError(f"{' '.join(command)}\n{compiled.stderr}")
+        unfinished.replace(result)
+        for old in CACHE.glob(f"{stem}-*.{suffix}"):
+            if old.stat().st_mtime < time.time() - UNUSED:
+                old.unlink(missing_ok=True)
+    result.touch()
+    return result
+
+
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.check_output([compiler, "--version"], text=True)
+
+
+@cache
+def text_of(source: Path) -> bytes:
+    """The source with all files of the project that it includes, each once."""
+    files = [source]
+    for file in files:
+        for name in re.findall(rb'^#include ["<](.+)[">]', file.read_bytes(), re.MULTILINE):
+            found = (folder / name.decode() for folder in (file.parent, *INCLUDES))
+            files += [path for path in found if path.exists() and path not in files][:1]
+    return b"".join(file.read_bytes() for file in files)

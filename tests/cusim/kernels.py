@@ -1,0 +1,140 @@
+"""Kernels to be called from tests: compiled, and run in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from threading import Timer
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cusim.build import BENCH, BUILDS, CXX, ROOT, RUNTIME, Libraries
+
+SECONDS = 120  # until a kernel counts as hanging
+
+
+class Way(NamedTuple):
+    """A build (``plain``, ``asan``, ``race``; ``gpu`` where there is one) and an order of the threads: 0 first come
+    first served, 1 last come first served, from 2 on random with that seed."""
+
+    build: str
+    order: int
+
+
+WAYS = [*(Way("plain", order) for order in range(4)), Way("asan", 0), Way("race", 0), Way("race", 1)]
+if "gpu" in BUILDS:
+    WAYS.append(Way("gpu", 0))
+
+Array = np.ndarray | torch.Tensor
+
+
+class KernelError(Exception):
+    """What the runtime or a sanitizer found."""
+
+
+class Kernels:
+    """The ``extern "C"`` functions of some sources, which take pointers, int64_t and double and return an int."""
+
+    def __init__(self, name: str, sources: list[Path]) -> None:
+        self._libraries = Libraries(name, sources)
+        self._processes: dict[str, _Process] = {}
+
+    def run(self, way: Way, function: str, *arguments: Array | int | float | None) -> None:
+        """Calls ``function``, which changes the arrays in place.
+
+        Arrays (contiguous, any dtype) lie in the device's memory during the call, aligned to 256 bytes and with red
+        zones between them. None is a null pointer. ``KernelError`` if anything goes wrong or the function does not
+        return 0.
+        """
+        views = {i: _bytes(argument) for i, argument in enumerate(arguments) if isinstance(argument, Array)}
+        passed = [bytes(views[i]) if i in views else argument for i, argument in enumerate(arguments)]
+        if way.build not in self._processes:
+            self._processes[way.build] = _Process(self._libraries.path(way.build), BUILDS[way.build].preload)
+        status, results = self._processes[way.build].call(function, way.order, passed)
+        if status:
+            raise KernelError(f"{function} returned {status}")
+        for view, result in zip(views.values(), results, strict=True):
+            view[:] = np.frombuffer(result, np.uint8)
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.end()
+
+
+def _bytes(array: Array) -> np.ndarray:
+    """The memory of a contiguous array, as ``uint8 [bytes]``."""
+    if isinstance(array, torch.Tensor):
+        if not array.is_contiguous():
+            raise ValueError("tensors must be contiguous")
+        return array.detach().reshape(-1).view(torch.uint8).numpy()
+    if not array.flags.c_contiguous:
+        raise ValueError("arrays must be C-contiguous")
+    return array.reshape(-1).view(np.uint8)
+
+
+class _Process:
+    """A worker with one library, started when needed and again after each error."""
+
+    def __init__(self, library: Path, preload: str | None) -> None:
+        self._library = library
+        self._environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+        if preload:
+            found = subprocess.check_output([CXX, f"-print-file-name={preload}"], text=True)
+            self._environment["LD_PRELOAD"] = found.strip()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process lives
+
+    def call(self, *request: object) -> tuple[int, list[bytes]]:
+        if self._process is None:
+            command = [sys.executable, str(BENCH / "worker.py"), str(self._library)]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=self._errors, env=self._environment, cwd=ROOT
+            )
+        assert self._process.stdin and self._process.stdout
+        self._errors.truncate(0)
+        hanging = Timer(SECONDS, self._process.kill)
+        hanging.start()
+        try:
+            pickle.dump(request, self._process.stdin)
+            self._process.stdin.flush()
+            return pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError):
+            raise KernelError(self._last_words()) from None
+        finally:
+            hanging.cancel()
+
+    def _last_words(self) -> str:
+        assert self._process
+        code = self._process.wait()
+        self.end()
+        self._errors.seek(0)
+        text = self._errors.read().decode(errors="replace").lstrip("\0")
+        if code == -signal.SIGKILL:
+            text += f"killed: no answer within {SECONDS} s"
+        elif code < 0:
+            text += f"ended by {signal.Signals(-code).name}"
+        text = text.replace(f"{ROOT}/", "")
+        return re.sub(r"\{(0x[0-9a-f]+)\}", lambda match: source_line(self._library, match[1]), text)
+
+    def end(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+
+def source_line(library: Path, address: str) -> str:
+    """The place in a kernel, with the calls that were inlined there, innermost first: ``a.cuh:3 < b.cu:40``."""
+    frames = subprocess.check_output(["addr2line", "-i", "-e", str(library), address], text=True).splitlines()
+    places = [frame.split(" (discriminator")[0] for frame in frames]
+    own = [place for place in places if place.startswith(str(ROOT)) and not place.startswith(str(RUNTIME))]
+    return " < ".join(os.path.relpath(place, ROOT) for place in own or places)

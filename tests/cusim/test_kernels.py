@@ -1,0 +1,82 @@
+"""The machinery around kernels: errors of any kind reach the test, and nothing is compiled twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cusim import build, kernels
+from cusim.build import CompileError
+from cusim.kernels import KernelError, Kernels, Way
+
+PLAIN = Way("plain", 0)
+SOURCE = """
+#include "cuda/device.cuh"
+#include "constant.h"
+extern "C" int answer(int64_t* x) { return cu_launch(+[](int64_t* x) { *x += kConstant; }, 1, 1, 0, nullptr, x); }
+extern "C" int status(int64_t status) { return status; }
+extern "C" int hang() { for (volatile int i = 0;; i = 0) {} }
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := build.missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "constant.h").write_text("constexpr int kConstant = 2;")
+    (folder / "small.cu").write_text(SOURCE)
+    return folder / "small.cu"
+
+
+@pytest.fixture(scope="module")
+def small(source: Path) -> Iterator[Kernels]:
+    compiled = Kernels("small", [source])
+    yield compiled
+    compiled.close()
+
+
+def test_arrays_change_in_place(small: Kernels) -> None:
+    x = np.array([40])
+    small.run(PLAIN, "answer", x)
+    assert x[0] == 42
+
+
+def test_errors_end_the_call_and_not_the_next_one(small: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelError, match="status returned 7"):
+        small.run(PLAIN, "status", 7)
+    with pytest.raises(KernelError, match=r"out of bounds: .* argument 1 of answer"):
+        small.run(Way("race", 0), "answer", np.zeros(1, np.int32))
+    with pytest.raises(KernelError, match="undefined symbol: unknown"):
+        small.run(PLAIN, "unknown")
+    monkeypatch.setattr(kernels, "SECONDS", 0.5)
+    with pytest.raises(KernelError, match="no answer within"):
+        small.run(PLAIN, "hang")
+    small.run(PLAIN, "status", 0)
+
+
+def test_arrays_must_be_contiguous(small: Kernels) -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        small.run(PLAIN, "answer", np.zeros((2, 2), np.int64)[:, 0])
+
+
+def test_compiled_again_only_when_something_changes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile() -> Path:
+        build.compile_object.cache_clear()
+        build.text_of.cache_clear()
+        return build.compile_object(source, build.BUILDS["plain"].kernel)
+
+    first = compile()
+    header = source.with_name("constant.h")
+    header.write_text(header.read_text() + "\n")
+    second = compile()
+    assert first != second
+    header.write_text("not C++")
+    with pytest.raises(CompileError, match="constant.h"):
+        compile()
+    header.write_text("constexpr int kConstant = 2;")
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: pytest.fail("compiles again"))
+    assert compile() == first

@@ -1,0 +1,107 @@
+"""The kernels of the positive objective against their formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cusim.kernels import WAYS, Kernels, Way
+from cusim.positive_cases import PLAIN, TYPES, Case, as_maps, check, make_case, run
+
+
+@pytest.fixture(scope="module")
+def positive(kernels: Callable[..., Kernels]) -> Kernels:
+    return kernels("positive", "memory_mean")
+
+
+SHAPES = [(1, 2), (3, 1), (64, 19), (256, 5), (257, 19), (720, 2), (2048, 3), (3, 1000), (64, 150)]
+
+
+@pytest.mark.parametrize(("dim", "classes"), SHAPES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rows(positive: Kernels, dim: int, classes: int, dtype: torch.dtype):
+    case = make_case(dim, classes, dtype)
+    check(run(positive, PLAIN, case), case)
+
+
+@pytest.mark.parametrize(("dim", "classes"), SHAPES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_maps(positive: Kernels, dim: int, classes: int, dtype: torch.dtype):
+    case = make_case(dim, classes, dtype, maps=(2, 37))
+    check(run(positive, PLAIN, case), case)
+
+
+@pytest.mark.parametrize("maps", [None, (3, 15), (1, 64)])
+def test_every_way(positive: Kernels, way: Way, maps: tuple[int, int] | None):
+    case = make_case(40, 6, torch.float32, maps, pixels=90)
+    check(run(positive, way, case), case)
+
+
+@pytest.mark.parametrize("maps", [None, (2, 20)])
+@pytest.mark.parametrize("gradients", [(), ("features",), ("weights",), ("mean",)])
+def test_any_gradient_can_be_left_out(positive: Kernels, maps: tuple[int, int] | None, gradients: tuple[str, ...]):
+    case = replace(make_case(24, 5, torch.float32, maps), gradients=gradients)
+    check(run(positive, PLAIN, case), case)
+
+
+@pytest.mark.parametrize("maps", [None, (2, 20)])
+def test_without_weights_all_pixels_count_alike(positive: Kernels, maps: tuple[int, int] | None):
+    case = replace(make_case(24, 5, torch.bfloat16, maps), weights=None)
+    check(run(positive, PLAIN, case), case)
+
+
+def test_blocks_whose_logits_are_far_apart(positive: Kernels):
+    case = replace(make_case(3, 2, torch.float32, pixels=700), multiprocessors=2)
+    assert case.weights is not None
+    case.weights[:300] = case.weights[:300].clamp(max=0) - 300
+    case.weights[300:] = case.weights[300:].clamp(max=0) - torch.linspace(295, 305, 400)
+    check(run(positive, PLAIN, case), case)
+
+
+@pytest.mark.parametrize("maps", [None, (0, 9)])
+def test_no_pixels(positive: Kernels, maps: tuple[int, int] | None):
+    features = torch.zeros(0, 8) if maps is None else torch.zeros(0, 8, 9)
+    case = Case(features, torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.ones(3, 8), torch.full((3,), 4))
+    results = run(positive, PLAIN, case)
+    assert not any(result.any() for result in results.values())
+
+
+@pytest.mark.parametrize("maps", [None, (2, 37)])
+def test_the_order_of_threads_changes_no_bit(positive: Kernels, maps: tuple[int, int] | None):
+    case = replace(make_case(20, 7, torch.float32, maps, pixels=300), multiprocessors=2)
+    first, *others = (run(positive, way, case) for way in WAYS if way.build == "plain")
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("maps", [None, (1, 75)])
+def test_a_feature_that_is_no_number_shows_in_the_loss_of_its_class_alone(positive: Kernels, maps):
+    case = make_case(16, 2, torch.float32, maps)
+    broken = int(torch.nonzero(case.labels == 0)[0])
+    rows = case.rows.clone()
+    rows[broken] = torch.nan
+    results = run(positive, PLAIN, replace(case, features=as_maps(rows, maps)))
+    assert results["loss"].isnan() and results["class_loss"].isnan().tolist() == [True, False]
+    assert results["features"].isnan().any(1).nonzero().tolist() == [[broken]]
+
+
+def test_a_logit_that_is_no_number_shows_in_the_loss_of_its_class_alone(positive: Kernels):
+    case = make_case(16, 2, torch.float32)
+    assert case.weights is not None
+    case.weights[torch.nonzero(case.labels == 1)[0]] = -torch.nan
+    results = run(positive, PLAIN, case)
+    assert results["class_loss"].isnan().tolist() == [False, True]
+    assert torch.equal(results["features"].isnan().all(1), case.labels == 1)
+
+
+def test_more_classes_than_sums_fit_in_shared_memory(positive: Kernels):
+    case = replace(make_case(2, 2300, torch.float32), gradients=("features", "weights"))
+    check(run(positive, PLAIN, case), case)
+
+
+def test_maps_of_more_channels_than_fit_in_shared_memory(positive: Kernels):
+    case = make_case(11_000, 2, torch.float32, maps=(2, 5))
+    check(run(positive, PLAIN, case), case)

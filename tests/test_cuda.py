@@ -1,0 +1,233 @@
+"""The operators and the whole branch on a GPU, through PyTorch. The same tests run on the CPU, where they show that
+they themselves are right; the kernels alone are tested in ``cusim``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss
+from pixcontrast import functional as F
+from pixcontrast.reference import accumulation_dtype
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
+CLASSES, IGNORED = 19, 255
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@contextmanager
+def without_waiting(device: str) -> Iterator[None]:
+    """On a GPU, a call that waits for it is an error."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def agree(run: Callable[[str, torch.dtype, str], list[Tensor]], device: str, dtype: torch.dtype) -> None:
+    """The extension in ``dtype`` errs no more than four times as much as the reference in that dtype, and the rounding
+    of results kept in it."""
+    truth = run("cpu", torch.float64, "reference")
+    reference = run("cpu", dtype, "reference")
+    for number, (exact, plain, result) in enumerate(
+        zip(truth, reference, run(device, dtype, "extension"), strict=True)
+    ):
+        result = result.cpu()
+        assert result.dtype == plain.dtype and result.isfinite().all()
+        error = (result.double() - exact).abs().max()
+        allowed = 4 * (plain.double() - exact).abs().max() + torch.finfo(result.dtype).eps * exact.abs().max()
+        assert error <= allowed, f"result {number}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+def leaf(t: Tensor, dtype: torch.dtype, device: str, layout: str = "map") -> Tensor:
+    """``t`` rounded to ``dtype`` as a leaf with gradient: as it is, as channels_last, or as rows."""
+    t = t.to(dtype)
+    if layout == "channels_last":
+        t = t.contiguous(memory_format=torch.channels_last)
+    elif layout == "rows":
+        t = t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+    return t.detach().to(device).requires_grad_()
+
+
+def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that ``dtype`` can hold, so that all dtypes get the same input."""
+    return t.to(torch.bfloat16 if dtype == torch.float64 else dtype)
+
+
+def a_batch(channels: int) -> tuple[Tensor, Tensor]:
+    """Features that every dtype can hold, NaN where the labels are ignored."""
+    labels = torch.randint(0, CLASSES, (2, 23, 17))
+    labels[labels == 3] = IGNORED
+    features = torch.randn(2, channels, 23, 17).bfloat16().double() * 0.5
+    return torch.where((labels == IGNORED)[:, None], float("nan"), features), labels
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["map", "channels_last", "rows"]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [64, 250])
+def test_positive(device: str, dtype: torch.dtype, layout: str, channels: int) -> None:
+    features, labels = a_batch(channels)
+    queue = torch.randn(CLASSES, 12, channels).bfloat16().double()
+    counts = torch.randint(0, 13, (CLASSES,))
+    logits, queue_logits = torch.randn(labels.shape).bfloat16().double(), torch.randn(CLASSES, 12).bfloat16().double()
+
+    def run(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        sums = accumulation_dtype(dtype)
+        x = leaf(features, dtype, device, layout)
+        flat = layout == "rows"
+        a = leaf(logits.flatten() if flat else logits, sums, device)
+        b = leaf(queue_logits, sums, device)
+        y, rows, count = (labels.flatten() if flat else labels).to(device), queue.to(device, dtype), counts.to(device)
+        options = {"queue_counts": count, "weights": a, "queue_weights": b}
+        with without_waiting(device):
+            loss = F.positive_contrast(x, y, rows, **options, ignore_index=IGNORED, backend=backend).loss
+            (loss * 3).backward()
+        return [loss.detach(), x.grad, a.grad, b.grad]
+
+    agree(run, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("queues", [0, 2])
+@pytest.mark.parametrize("channels", [64, 250])
+def test_infonce(device: str, dtype: torch.dtype, queues: int, channels: int) -> None:
+    features = normalize(torch.randn(2, channels, 23, 17), dim=1).bfloat16().double()
+    rows = normalize(torch.randn(2, CLASSES, 40, channels), dim=3).bfloat16().double()[:queues]
+    counts = torch.randint(0, 41, (2, CLASSES))[:queues]
+    index = torch.randperm(2 * 23 * 17)[:150]
+    index[::7] = -1
+    labels = torch.where(index < 0, -1, torch.randint(0, CLASSES, (150,)))
+
+    def run(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        x = leaf(features, dtype, device)
+        anchors = F.Anchors(index.to(device), labels.to(device))
+        keys, valid = [queue.to(device, dtype) for queue in rows], [count.to(device) for count in counts]
+        with without_waiting(device):
+            loss = F.infonce_contrast(x, anchors, keys, queue_counts=valid, backend=backend).loss
+            (loss * 3).backward()
+        return [loss.detach(), x.grad]
+
+    agree(run, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [64, 250])
+def test_project(device: str, dtype: torch.dtype, layout: str, channels: int) -> None:
+    features = torch.randn(2, channels, 23, 17).bfloat16().double()
+    weight, bias = torch.randn(48, channels).bfloat16().double() / 8, torch.randn(48).bfloat16().double()
+    index = torch.randint(-1, 2 * 23 * 17, (300,))
+    towards = torch.randn(300, 48).bfloat16().double()
+
+    def run(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        x = leaf(features, dtype, device, layout)
+        w, b = leaf(weight, dtype, device), leaf(bias, dtype, device)
+        pixels, grad = index.to(device), towards.to(device, dtype)
+        with without_waiting(device):
+            result = F.project(x, pixels, w, b, backend=backend)
+            result.backward(grad)
+        return [result.detach(), x.grad, w.grad, b.grad]
+
+    agree(run, device, dtype)
+
+
+def test_gradients_are_scaled_by_any_incoming_one(device: str) -> None:
+    features, labels = a_batch(64)
+    queue = torch.randn(CLASSES, 12, 64)
+    x = leaf(features, torch.float32, device)
+    loss = F.positive_contrast(x, labels.to(device), queue.to(device), ignore_index=IGNORED).loss
+    one, other = (torch.autograd.grad(loss * factor, x, retain_graph=True)[0] for factor in (1, -2.5))
+    (last,) = torch.autograd.grad(loss * 4, x)
+    torch.testing.assert_close(other.cpu(), one.cpu() * -2.5)
+    torch.testing.assert_close(last.cpu(), one.cpu() * 4)
+
+
+def test_results_are_the_same_bit_by_bit(device: str) -> None:
+    branch, batch = a_branch("positive", device), a_branch_batch(device)
+
+    def run() -> list[Tensor]:
+        copied = copy.deepcopy(branch)
+        loss = step(copied, *batch)
+        return [loss, *(p.grad for p in copied.parameters() if p.grad is not None), copied.memory.rows]
+
+    for one, other in zip(run(), run(), strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+def a_branch(objective: str, device: str, channels: int = 48) -> ContrastBranch:
+    torch.manual_seed(1)
+    options = {"max_samples": 64, "max_views": 5} if objective == "infonce" else {}
+    return ContrastBranch(
+        channels, CLASSES, objective=objective, dim=64, capacity=16, quota=2, threshold=0.0, **options
+    ).to(device)
+
+
+def a_branch_batch(device: str, channels: int = 48) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.randint(0, 6, (2, 40, 40)).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    labels[:, :5] = IGNORED
+    features = torch.randn(2, channels, 20, 20)
+    logits = torch.nn.functional.one_hot(labels.clamp_max(CLASSES - 1), CLASSES).permute(0, 3, 1, 2).float()
+    return features.to(device), logits.to(device), labels.to(device)
+
+
+def step(branch: ContrastBranch, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Remember, contrast two streams, backward: what a training step does with the branch."""
+    branch.remember(features, logits, labels)
+    loss = branch(features, labels) + branch(features.flip(0), labels.flip(0))
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("objective", ["positive", "infonce"])
+def test_the_whole_branch_never_waits_and_fits_one_cuda_graph(device: str, objective: str) -> None:
+    branch, batch = a_branch(objective, device), a_branch_batch(device)
+    plain = copy.deepcopy(branch)
+    with without_waiting(device):
+        eager = [step(plain, *batch) for _ in range(5)]
+    assert all(loss.isfinite() for loss in eager) and eager[-1] > 0
+    if device == "cpu":
+        return
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(branch, *batch)
+    torch.cuda.synchronize()
+    branch.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(branch, *batch)
+    graph.replay()
+    if objective == "positive":  # no random choice: the fourth step
+        torch.testing.assert_close(loss.cpu(), eager[3].cpu(), rtol=1e-3, atol=1e-5)
+    assert loss.isfinite()
+
+
+def test_the_drop_in_loss_never_waits(device: str) -> None:
+    labels = torch.randint(0, 4, (2, 80, 80)).to(device)
+    feats = normalize(torch.randn(2, 32, 20, 20), dim=1).to(device).requires_grad_()
+    predict = torch.randint(0, 4, (2, 20, 20)).to(device)
+    memory = ClassMemory(4, 32, 32).to(device)
+    with without_waiting(device):
+        memory.push(feats, labels, quota=10)
+    criterion = PixelContrastLoss(max_samples=64, max_views=8)
+    for queue in (None, memory, [memory, memory.rows]):
+        with without_waiting(device):
+            loss = criterion(feats, labels, predict, queue)
+            loss.backward()
+        assert loss > 0
