@@ -9,12 +9,25 @@ Environment:
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
+
+def find_cuda() -> None:
+    """Sets CUDA_HOME, unless it is set, to the toolkit that nvcc on the path belongs to, or the usual place: one with
+    headers. PyTorch takes the folder above nvcc, which may be a link."""
+    nvcc = shutil.which("nvcc")
+    places = [Path(nvcc).resolve().parent.parent] if nvcc else []
+    for place in [*places, Path("/usr/local/cuda")]:
+        if (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
+            os.environ.setdefault("CUDA_HOME", str(place))
+
+
+find_cuda()  # before PyTorch looks
 try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -29,9 +42,10 @@ def missing_for_cuda() -> str | None:
     """What keeps the CUDA kernels from being built, if anything does."""
     if torch.version.cuda is None:
         return "this PyTorch has no CUDA; install a CUDA build of it"
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    if not nvcc.exists():
-        return f"no nvcc (CUDA_HOME is {CUDA_HOME}); install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
+    nvcc, header = (Path(CUDA_HOME or "") / name for name in ("bin/nvcc", "include/cuda_runtime.h"))
+    if not nvcc.exists() or not header.exists():
+        needed = f"install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
+        return f"no nvcc with its headers (CUDA_HOME is {CUDA_HOME}); {needed}"
     version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
         return f"{nvcc} is not of CUDA {torch.version.cuda}, which PyTorch was built with; set CUDA_HOME to one that is"

@@ -142,7 +142,7 @@ def positive_contrast(
         loss, class_loss, pixels, unknown = Positive.apply(
             features, labels, weights, queue, queue_counts, queue_weights, loss_weight, ignore_index
         )
-        if not torch.compiler.is_compiling() and unknown.item():
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and unknown.item():
             check_label_values(labels, classes, ignore_index, "labels")
         return PositiveOutput(loss, class_loss, pixels)
     check_label_values(labels, classes, ignore_index, "labels")

@@ -6,13 +6,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
-from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss
+from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss, ops
 from pixcontrast import functional as F
 from pixcontrast.reference import accumulation_dtype
 
@@ -170,20 +172,19 @@ def test_results_are_the_same_bit_by_bit(device: str) -> None:
         assert torch.equal(one.cpu(), other.cpu())
 
 
-def a_branch(objective: str, device: str, channels: int = 48) -> ContrastBranch:
-    torch.manual_seed(1)
-    options = {"max_samples": 64, "max_views": 5} if objective == "infonce" else {}
-    return ContrastBranch(
-        channels, CLASSES, objective=objective, dim=64, capacity=16, quota=2, threshold=0.0, **options
-    ).to(device)
+def a_branch(objective: str, device: str, **options: Any) -> ContrastBranch:
+    if objective == "infonce":
+        options |= {"max_samples": 64, "max_views": 5}
+    with torch.device(device):
+        return ContrastBranch(48, CLASSES, objective=objective, dim=64, capacity=16, quota=2, threshold=0.0, **options)
 
 
-def a_branch_batch(device: str, channels: int = 48) -> tuple[Tensor, Tensor, Tensor]:
-    labels = torch.randint(0, 6, (2, 40, 40)).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    labels[:, :5] = IGNORED
-    features = torch.randn(2, channels, 20, 20)
-    logits = torch.nn.functional.one_hot(labels.clamp_max(CLASSES - 1), CLASSES).permute(0, 3, 1, 2).float()
-    return features.to(device), logits.to(device), labels.to(device)
+def a_branch_batch(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.device(device):
+        labels = torch.randint(0, 6, (2, 40, 40)).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        labels[:, :5] = IGNORED
+        logits = (labels[:, None] == torch.arange(CLASSES)[:, None, None]).float()
+        return torch.randn(2, 48, 20, 20), logits, labels
 
 
 def step(branch: ContrastBranch, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -231,3 +232,23 @@ def test_the_drop_in_loss_never_waits(device: str) -> None:
             loss = criterion(feats, labels, predict, queue)
             loss.backward()
         assert loss > 0
+
+
+@pytest.mark.skipif(ops.missing_kernel(torch.device("cuda"), torch.float32) is not None, reason="no CUDA build")
+@pytest.mark.parametrize("objective", ["positive", "infonce"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_way_forward_on_cuda_asks_for_no_number(objective: str, variant: str) -> None:
+    """On tensors that say they are on a GPU and have no numbers: whatever asks for one fails, with or without a GPU."""
+    # without a GPU such tensors can be made, but not moved or differentiated, and there is no fake of cuDNN's sampler
+    with FakeTensorMode(), torch.backends.cudnn.flags(enabled=False), torch.device("cuda"):
+        branch = a_branch(objective, "cuda", variant=variant)
+        features, logits, labels = a_branch_batch("cuda")
+        if objective == "positive":
+            branch.remember(features, logits, labels)
+        loss = branch(features, labels, return_stats=True)[0]
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
+        memory, feats = ClassMemory(4, 32, 32), torch.randn(2, 32, 20, 20)
+        memory.push(feats, labels.clamp_max(3), quota=10)
+        criterion = PixelContrastLoss(max_samples=64, max_views=8, variant=variant)
+        for queue in (None, memory, [memory, memory.rows]):
+            assert criterion(feats, labels, labels, queue).device.type == "cuda"

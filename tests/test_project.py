@@ -161,6 +161,13 @@ def test_pixels_of_no_row_and_gradients_of_holes_may_be_anything(
         torch.testing.assert_close(results[name], value, rtol=0, atol=allowed)
 
 
+@pytest.mark.parametrize("shift", [1, -1])
+def test_as_many_rows_as_pixels_need_not_be_in_order(shift: int) -> None:
+    case = full_case((2, 8, 9)).to(torch.float64)
+    case = replace(case, index=(torch.arange(144) + shift).clamp(0, 143))
+    assert max(relative_errors(case.run("extension"), case.truth()).values()) < 1e-12
+
+
 def test_a_pixel_may_occur_many_times() -> None:
     case = full_case((3, 6, 5))
     index = torch.randint(0, 4, (700,))

@@ -95,7 +95,8 @@ def _builds() -> dict[str, Build]:
             "-arch=native",
             "-Xcompiler=-fPIC",
             f"-I{INCLUDES[0]}",
-            "-xcu",
+            "-x",
+            "cu",
         )
         builds["gpu"] = Build(device, device, (cuda, "-shared"), (BENCH / "gpu_worker_api.cu",))
     return builds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +58,8 @@ class Kernels:
         views = {i: _bytes(argument) for i, argument in enumerate(arguments) if isinstance(argument, Array)}
         passed = [bytes(views[i]) if i in views else argument for i, argument in enumerate(arguments)]
         if way.build not in self._processes:
-            self._processes[way.build] = _Process(self._libraries.path(way.build), BUILDS[way.build].preload)
+            tool = shlex.split(os.environ.get("CUSIM_GPU_TOOL", "")) if way.build == "gpu" else []
+            self._processes[way.build] = _Process(self._libraries.path(way.build), BUILDS[way.build].preload, tool)
         status, results = self._processes[way.build].call(function, way.order, passed)
         if status:
             raise KernelError(f"{function} returned {status}")
@@ -83,7 +85,8 @@ def _bytes(array: Array) -> np.ndarray:
 class _Process:
     """A worker with one library, started when needed and again after each error."""
 
-    def __init__(self, library: Path, preload: str | None) -> None:
+    def __init__(self, library: Path, preload: str | None, tool: list[str]) -> None:
+        self._command = [*tool, sys.executable, str(BENCH / "worker.py"), str(library)]
         self._library = library
         self._environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
         if preload:
@@ -94,10 +97,9 @@ class _Process:
 
     def call(self, *request: object) -> tuple[int, list[bytes]]:
         if self._process is None:
-            command = [sys.executable, str(BENCH / "worker.py"), str(self._library)]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=self._errors, env=self._environment, cwd=ROOT
+                self._command, stdin=pipe, stdout=pipe, stderr=self._errors, env=self._environment, cwd=ROOT
             )
         assert self._process.stdin and self._process.stdout
         self._errors.truncate(0)
@@ -127,8 +129,14 @@ class _Process:
 
     def end(self) -> None:
         if self._process:
-            self._process.kill()
-            self._process.communicate()
+            assert self._process.stdin and self._process.stdout
+            self._process.stdin.close()  # the worker ends by itself, and a tool that runs it can sum up
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process.stdout.close()
         self._process = None
 
 
