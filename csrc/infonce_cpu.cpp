@@ -2,7 +2,7 @@
 // running maximum and rescaled sums; then each anchor's own class, when the sum over its negatives is known. Loss and
 // gradient come out of the one stream: two products of anchors and keys each, by the library.
 //
-// Threads share nothing while they stream: the work is cut into blocks of anchors times parts of every class's keys,
+// Threads share nothing while they stream: the work is cut into blocks of anchors times parts of the keys,
 // and the sums of the parts are added in a fixed order.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -126,26 +126,36 @@ class Stream {
     int64_t number, of;
   };
 
-  // Calls body(keys [k, D], class, place of the first among the keys of its class) for the tiles of one part of each
-  // class's valid rows.
+  // Calls body(queue, class, valid rows) for the rows of each class of each queue.
   template <class Body>
-  void for_tiles(Range block, Part part, const Body& body) const {
-    const int64_t classes = args_.queues[0].size(0);
-    const int64_t most = std::max<int64_t>(64, kTileNumbers / std::max<int64_t>(block.size(), 1));
-    std::vector<int64_t> before(classes);
+  void for_classes(const Body& body) const {
     for (size_t q = 0; q < args_.queues.size(); ++q) {
-      const Tensor& queue = args_.queues[q];
       const auto* counts = args_.counts[q].const_data_ptr<int64_t>();
-      for (int64_t c = 0; c < classes; ++c) {
-        const int64_t valid = std::clamp<int64_t>(counts[c], 0, queue.size(1));
-        const int64_t end = valid * (part.number + 1) / part.of;
-        for (int64_t first = valid * part.number / part.of; first < end; first += most) {
-          const int64_t keys = std::min(most, end - first);
-          body(queue[c].narrow(0, first, keys).to(anchors_.scalar_type()), c, before[c] + first);
-        }
-        before[c] += valid;
+      for (int64_t c = 0; c < args_.queues[q].size(0); ++c) {
+        body(args_.queues[q], c, std::clamp<int64_t>(counts[c], 0, args_.queues[q].size(1)));
       }
     }
+  }
+
+  // Calls body(keys [k, D], class, place of the first among the keys of its class) for the tiles of one part of all
+  // keys.
+  template <class Body>
+  void for_tiles(Range block, Part part, const Body& body) const {
+    int64_t total = 0;
+    for_classes([&](const Tensor&, int64_t, int64_t valid) { total += valid; });
+    const Range mine{total * part.number / part.of, total * (part.number + 1) / part.of};
+    const int64_t most = std::max<int64_t>(64, kTileNumbers / std::max<int64_t>(block.size(), 1));
+    std::vector<int64_t> before(args_.queues[0].size(0));
+    int64_t passed = 0;
+    for_classes([&](const Tensor& queue, int64_t c, int64_t valid) {
+      const int64_t end = std::min(mine.last - passed, valid);
+      for (int64_t first = std::max<int64_t>(mine.first - passed, 0); first < end; first += most) {
+        const int64_t keys = std::min(most, end - first);
+        body(queue[c].narrow(0, first, keys).to(anchors_.scalar_type()), c, before[c] + first);
+      }
+      before[c] += valid;
+      passed += valid;
+    });
   }
 
   // Products <x_i, k_j> of anchors and keys, [anchors, k], in `room`.
@@ -160,14 +170,22 @@ class Stream {
     Tensor room;
     A* const row = away.defined() ? away.data_ptr<A>() : nullptr;
     for_tiles(block, part, [&](const Tensor& keys, int64_t c, int64_t) {
-      const Range own = of_class(c);
-      for (const Range anchors : {common(block, {0, own.first}), common(block, {own.last, count_})}) {
+      const Range own = common(block, of_class(c));
+      // A few anchors of the class itself are multiplied in vain: thin products are slower.
+      const bool whole = 4 * own.size() <= block.size();
+      const Range before = whole ? block : common(block, {0, own.first}),
+                  behind = {own.last, whole ? own.last : block.last};
+      for (const Range anchors : {before, behind}) {
         if (anchors.size() == 0) continue;
         const Tensor z = products(anchors, keys, room);
         const int64_t columns = keys.size(0);
         for (int64_t i = anchors.first; i < anchors.last; ++i) {
           A* const z_i = z.data_ptr<A>() + (i - anchors.first) * columns;
-          add_negatives(z_i, columns, sums[i], row ? row + i * dim_ : nullptr);
+          if (i >= own.first && i < own.last) {
+            std::fill_n(z_i, columns, A(0));
+          } else {
+            add_negatives(z_i, columns, sums[i], row ? row + i * dim_ : nullptr);
+          }
         }
         if (row) away.narrow(0, anchors.first, anchors.size()).addmm_(z, keys);
       }
