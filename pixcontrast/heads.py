@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm, leaky_relu, relu
+from torch.nn.functional import batch_norm, grouped_mm, leaky_relu, linear, relu
 
 from . import ops
 from .functional import project
@@ -124,22 +124,46 @@ class ClassSelectors(nn.Module):
         order = torch.argsort(key, stable=True)
         ordered, counted = key[order], valid[order]
         sorted_rows = torch.where(counted[:, None], rows[order], 0)
-        # rows of no class sit at the end, as zeros, in the last group
         ends = torch.searchsorted(ordered, torch.arange(1, classes + 1, device=rows.device))
-        ends = torch.cat([ends[:-1], torch.full_like(ends[:1], total)]).to(torch.int32)
-        # [P, C] one-hot: sums over classes, and what each row gets of its class, are matrix products; deterministic
-        member = ordered[:, None] == torch.arange(classes, device=rows.device)
+        if can_look(rows):
+            logits = self._class_by_class(sorted_rows, ends.tolist())
+        else:
+            logits = self._all_at_once(sorted_rows, ends, ordered)
+        return torch.zeros_like(logits).scatter(0, order, logits)
 
+    def _all_at_once(self, rows: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
+        """Logits of rows sorted by class, with shapes that do not depend on the labels."""
+        # rows of no class sit at the end, as zeros, in the last group
+        ends = torch.cat([ends[:-1], torch.full_like(ends[:1], rows.shape[0])]).to(torch.int32)
+        # [P, C] one-hot: sums over classes, and what each row gets of its class, are matrix products; deterministic
+        member = labels[:, None] == torch.arange(len(self.bias2), device=rows.device)
         weight1: Tensor = self.weight1
         if torch.is_autocast_enabled(rows.device.type):
             half = torch.get_autocast_dtype(rows.device.type)
-            sorted_rows, weight1 = sorted_rows.to(half), weight1.to(half)
-        hidden = grouped_linear(sorted_rows, weight1, ends)
+            rows, weight1 = rows.to(half), weight1.to(half)
+        hidden = grouped_linear(rows, weight1, ends)
         with torch.autocast(rows.device.type, enabled=False):
             hidden = self._normalise(precise(hidden), member).to(hidden.dtype)
         logits = leaky_relu(hidden, 0.2) @ self.weight2.t() + self.bias2
-        logits = torch.where(member, logits, 0).sum(1)
-        return torch.zeros_like(logits).scatter(0, order, logits)
+        return torch.where(member, logits, 0).sum(1)
+
+    def _class_by_class(self, rows: Tensor, ends: list[int]) -> Tensor:
+        """The same, with the rows of one class staying in the cache: several times faster on a CPU."""
+        *parts, rest = rows.tensor_split(ends)
+        logits = []
+        for c, part in enumerate(parts):
+            hidden = batch_norm(
+                precise(linear(part, self.weight1[c], self.bias1[c])),
+                self.running_mean[c],
+                self.running_var[c],
+                self.norm_weight[c],
+                self.norm_bias[c],
+                self.training and len(part) > 1,
+                self.momentum,
+                self.eps,
+            )
+            logits.append(linear(leaky_relu(hidden, 0.2), self.weight2[c : c + 1], self.bias2[c : c + 1])[:, 0])
+        return torch.cat([*logits, logits[-1].new_zeros(len(rest))])
 
     def _normalise(self, hidden: Tensor, member: Tensor) -> Tensor:
         """BatchNorm of each class over its own rows; a class with one row uses its running statistics.
@@ -170,6 +194,11 @@ class ClassSelectors(nn.Module):
     def _affine(rows: Tensor, member: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``rows [P, E]`` times the scale ``[C, E]`` of their class, plus its shift."""
         return rows * (member @ scale) + member @ shift
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether numbers of ``tensor`` can be looked at for nothing: it need not be waited for, and no graph is made."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def precise(rows: Tensor) -> Tensor:

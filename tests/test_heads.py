@@ -51,8 +51,15 @@ def plain_selector(selectors: ClassSelectors, c: int) -> nn.Sequential:
     return nn.Sequential(linear1, norm, nn.LeakyReLU(0.2), linear2).to(selectors.weight1.dtype)
 
 
+@pytest.fixture(params=["class by class", "all at once"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute the selectors: a CPU's, and that of devices that must not be waited for."""
+    if request.param == "all at once":
+        monkeypatch.setattr("pixcontrast.heads.can_look", lambda _: False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_selectors_are_one_small_network_a_class(dtype: torch.dtype) -> None:
+def test_selectors_are_one_small_network_a_class(form: None, dtype: torch.dtype) -> None:
     selectors = ClassSelectors(5, 16).to(dtype)
     with torch.no_grad():
         selectors.norm_weight.uniform_(0.5, 2)
@@ -91,7 +98,7 @@ def test_selectors_are_one_small_network_a_class(dtype: torch.dtype) -> None:
         torch.testing.assert_close(selectors(rows, labels)[labels == c], expected, **close)
 
 
-def test_rows_of_no_class_may_be_anything() -> None:
+def test_rows_of_no_class_may_be_anything(form: None) -> None:
     selectors = ClassSelectors(3, 16)
     rows, labels = torch.randn(9, 16), torch.arange(9) % 4 - 1
     rows[labels == -1] = float("nan")
