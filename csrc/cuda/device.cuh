@@ -35,7 +35,7 @@ cudaError_t cu_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (status != cudaSuccess) return status;
   }
-  kernel<<<grid, block, shared, stream>>>(static_cast<P>(args)...);
+  kernel<<<grid, block, shared, stream> > >(static_cast<P>(args)...);
   return cudaGetLastError();
 }
 
@@ -87,8 +87,8 @@ __device__ __forceinline__ void cu_ldmatrix(uint32_t (&r)[N], const void* row) {
 }
 
 // d [16, 8] = a [16, K] b [K, 8] + c. With g = lane / 4 and t = lane % 4: d and c hold (g, 2t), (g, 2t+1), (g+8, 2t),
-// (g+8, 2t+1). For 16-bit numbers (K = 16, two in a register): a (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..), b (2t.., g),
-// (2t+8.., g). For tf32 (K = 8): a (g, t), (g+8, t), (g, t+4), (g+8, t+4), b (t, g), (t+4, g).
+// (g+8, 2t+1). For 16-bit numbers (K = 16, two in a register): a (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..), b
+// (2t.., g), (2t+8.., g). For tf32 (K = 8): a (g, t), (g+8, t), (g, t+4), (g+8, t+4), b (t, g), (t+4, g).
 __device__ __forceinline__ void cu_mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                                   const float (&c)[4]) {
   asm volatile(
