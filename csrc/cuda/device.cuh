@@ -35,7 +35,9 @@ cudaError_t cu_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (status != cudaSuccess) return status;
   }
-  kernel<<<grid, block, shared, stream> > >(static_cast<P>(args)...);
+  // clang-format off
+  kernel<<<grid, block, shared, stream>>>(static_cast<P>(args)...);
+  // clang-format on
   return cudaGetLastError();
 }
 

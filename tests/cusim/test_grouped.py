@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-# rows of each class, dim, outputs: one class, absent and one-row classes, ragged tiles, widths that are no pack
-CASES = [([5], 8, 8), ([0, 130, 1, 0, 40], 24, 16), ([3, 0, 2], 17, 130), ([129, 7], 1, 3), ([1] * 30, 40, 8)]
+# rows of each class, dim, outputs: absent and one-row classes, ragged tiles, widths that are no pack
+CASES = [([0, 130, 1, 0, 40], 24, 16), ([3, 0, 2], 17, 130), ([1] * 30, 1, 3)]
 
 
 def rounded(t: Tensor, dtype: torch.dtype, tensor_cores: bool) -> Tensor:
