@@ -1,20 +1,24 @@
-"""Command line: ``python -m train fit | evaluate | demo``."""
+"""Command line: ``python -m train fit | evaluate | demo | rows | make-data | reproduce``."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from train.command_line import STYLE, parse_row
 from train.config import FitConfig
+from train.data.scenes import make_scenes
 from train.demo import DemoConfig, run_demo
 from train.errors import UserError
 from train.evaluate import evaluate_checkpoint, scores_table
 from train.interrupt import Interrupted
 from train.loop import fit
+from train.reproduce import ReproduceConfig, reproduce
+from train.rows import rows_list
 from train.session import choose_device
 
 
@@ -32,13 +36,81 @@ class EvaluateConfig:
     """auto takes CUDA, then Apple's MPS, then the CPU; or a torch device such as cuda:1."""
 
 
+@dataclass(frozen=True)
+class RowsConfig:
+    """List the rows of the paper's tables, one a line."""
+
+
+@dataclass(frozen=True)
+class MakeDataConfig:
+    """Generate a small data set in the layout of a published one, to try everything without a download."""
+
+    kind: tyro.conf.Positional[Literal["cityscapes", "voc", "gta5"]]
+    """cityscapes: streets. voc: objects. gta5: streets that look like a game's."""
+    data: tyro.conf.Positional[Path]
+    """Folder of data sets, as for --data; the new one becomes a folder in it."""
+    train: int = 24
+    """Training images."""
+    val: int = 6
+    """Validation images."""
+    seed: int = 0
+    """Seed of the scenes."""
+
+
+FIT_HELP = (
+    "Train a network, or continue a run found in --out. "
+    "With --row NAME --data DIR, train a row of the paper: see fit --row NAME --help."
+)
+
 Command = (
-    Annotated[FitConfig, tyro.conf.subcommand("fit", description="Train a network, or continue a run found in --out.")]
+    Annotated[FitConfig, tyro.conf.subcommand("fit", description=FIT_HELP)]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Per-class IoU of a checkpoint.")]
     | Annotated[
         DemoConfig, tyro.conf.subcommand("demo", description="Train with and without the contrast, and write a report.")
     ]
+    | Annotated[RowsConfig, tyro.conf.subcommand("rows")]
+    | Annotated[MakeDataConfig, tyro.conf.subcommand("make-data")]
+    | Annotated[ReproduceConfig, tyro.conf.subcommand("reproduce")]
 )
+
+
+def parse(arguments: list[str]) -> tuple[Any, list[str]]:
+    """The command, and arguments that go on to `fit`."""
+    if arguments[:1] == ["reproduce"]:
+        prog = "python -m train reproduce"
+        return tyro.cli(ReproduceConfig, prog=prog, args=arguments[1:], return_unknown_args=True)
+    if arguments[:1] == ["fit"] and any(argument.split("=")[0] == "--row" for argument in arguments):
+        return parse_row(arguments[1:]), []
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="python -m train",
+        description="Pixel-level contrastive learning with a class-wise memory.",
+        args=arguments,
+        config=STYLE,
+    )
+    return command, []
+
+
+def run(command: Any, overrides: list[str]) -> None:
+    """Run what :func:`parse` returned, and print what came of it."""
+    match command:
+        case FitConfig():
+            print(scores_table(fit(command)))
+            print(f"checkpoints, metrics.jsonl and tensorboard events are in {command.run.out}")
+        case EvaluateConfig():
+            device = choose_device(command.device)
+            print(scores_table(evaluate_checkpoint(command.checkpoint, command.split, command.root, device)))
+        case RowsConfig():
+            print(rows_list())
+        case MakeDataConfig():
+            root = command.data / command.kind
+            print(f"generated {make_scenes(command.kind, root, command.train, command.val, seed=command.seed)}")
+        case ReproduceConfig():
+            report = reproduce(command, overrides)
+            if not command.print_commands:
+                print(f"comparison: {report}")
+        case DemoConfig():
+            print(f"report: {run_demo(command)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,22 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         exit status: 0, 2 for bad input, 130 after an interrupt.
     """
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="python -m train",
-        description="Pixel-level contrastive learning with a class-wise memory.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if isinstance(command, FitConfig):
-            print(scores_table(fit(command)))
-            print(f"checkpoint, metrics.jsonl and tensorboard events are in {command.run.out}")
-        elif isinstance(command, EvaluateConfig):
-            device = choose_device(command.device)
-            print(scores_table(evaluate_checkpoint(command.checkpoint, command.split, command.root, device)))
-        else:
-            print(f"report: {run_demo(command)}")
+        run(*parse(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ The authors' code calls kornia 0.4.1; torchvision differs from it as follows:
 - contrast blends with the mean grey of the image (kornia multiplies, so it acts like a brightness);
 - saturation blends with the grey image (kornia scales S of HSV); hue is shifted in HSV in both;
 - blur has one random sigma of the given range for both axes (kornia takes the range as a pair of sigmas: a fixed blur
-  of 1.5 pixels horizontally and almost none vertically);
+  of 1.5 pixels horizontally and almost none vertically, which ``blur_horizontally`` repeats);
 - resizing aligns pixel areas and smooths when it shrinks (kornia aligns the corner pixels), with labels to match.
 """
 
@@ -39,6 +39,7 @@ class AugmentConfig:
             for saturation, a third of it (in turns) for hue.
         blur: probability of a Gaussian blur with sigma uniform in ``blur_sigma`` pixels, kernel ``blur_kernel`` pixels
             wide (smaller for images that do not hold it).
+        blur_horizontally: blur by the larger sigma across and the smaller one down instead.
     """
 
     classmix: float = 0.0
@@ -50,6 +51,7 @@ class AugmentConfig:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 1.5)
     blur_kernel: int = 23
+    blur_horizontally: bool = False
 
 
 WEAK = AugmentConfig(classmix=0.2, scale=0.5, jitter=0.2, jitter_strength=0.125)
@@ -102,7 +104,11 @@ def augment(
         images = torch.stack([jitter(image) for image in images])
     if _coin(config.blur):
         widest = 2 * min(images.shape[-2:]) - 1  # reflection at the border needs half a kernel inside the image
-        images = v2.GaussianBlur(min(config.blur_kernel, widest), config.blur_sigma)(images)
+        kernel, (down, across) = min(config.blur_kernel, widest), config.blur_sigma
+        if config.blur_horizontally:
+            images = F.gaussian_blur(images, [kernel, kernel], [across, down])
+        else:
+            images = v2.GaussianBlur(kernel, (down, across))(images)
     return images, labels, confidence
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from train.config import FitConfig, differing_fields, from_plain, to_plain
+from train.config import FitConfig
 from train.errors import UserError
+from train.plain import differing_fields, from_plain, to_plain
 from train.training import Training
 
 FORMAT, VERSION = "pixcontrast-train", 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from train.errors import UserError
 
@@ -13,12 +13,20 @@ from train.errors import UserError
 class DataConfig:
     """Which images, how many of them labelled, and what a batch is."""
 
-    dataset: Literal["landcover", "folder"] = "landcover"
-    """landcover: the built-in tiles. folder: your own images, see --root."""
+    dataset: Literal["landcover", "folder", "cityscapes", "voc", "gta5", "camvid"] = "landcover"
+    """landcover: the built-in tiles. folder: your own images. The others: published data sets, unpacked in --root."""
     root: Path | None = None
-    """Folder with images/, masks/, classes.txt, train.txt and val.txt (dataset folder only)."""
+    """Folder of the data; for folder with images/, masks/, classes.txt, train.txt and val.txt; not for landcover."""
+    scale: float = 1.0
+    """Factor of the size at which images of published data sets are read; validation labels keep their size."""
     labelled: int | float = 0.1
     """Labelled training images: a count (40) or a fraction (0.1); 1.0 is all, then nothing is left unlabelled."""
+    split_file: Path | None = None
+    """Training images in an order, the labelled ones first: ids, one a line, or a released pickle (.pkl)."""
+    split_seed: int | None = None
+    """Without a split file: seed of the draw of the labelled images; --seed unless given."""
+    source_root: Path | None = None
+    """Folder of GTA5, all of it labelled: takes turns with the labelled images of cityscapes (domain adaptation)."""
     crop: int = 96
     """Height and width of the training crops, in pixels."""
     labelled_batch: int = 8
@@ -31,12 +39,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder and DeepLabV3+ head."""
+    """The network; from the encoder on, the options are those of timm."""
 
+    network: Literal["timm", "deeplab_v2", "deeplab_v2_coco", "deeplab_v3plus"] = "timm"
+    """timm: DeepLabV3+ on any encoder. deeplab_*: the paper's, on ResNet-101, ResNet-101 of COCO, and ResNet-50."""
+    branches: int = 2
+    """How many of DeepLabV2's four classifiers are summed; the authors' code sums 2."""
+    weights: str = "imagenet"
+    """Weights a network of the paper starts from: imagenet (torchvision downloads them), or the path of a file."""
+    pretrained: bool = True
+    """Start from pretrained weights: --weights, or for timm those of ImageNet."""
     encoder: str = "tf_efficientnet_lite0"
     """Name of a timm encoder; the ImageNet weights of the default come from an installed package."""
-    pretrained: bool = True
-    """Start from ImageNet weights."""
     output_stride: Literal[8, 16, 32] = 16
     """Stride of the deepest encoder map."""
     encoder_maps: tuple[int, int] = (1, 4)
@@ -67,6 +81,8 @@ class MethodConfig:
     """supervised: labels only. pseudo: and pseudo-labels of the teacher. contrast: and the class memory."""
     ramp: int = 2000
     """Steps in which the weight of the pseudo-labels rises to 1."""
+    ramp_shape: Literal["smooth", "step"] = "smooth"
+    """smooth: it rises as exp(-5 (1 - step/ramp)^2). step: it is 0 until then."""
     memory_start: int = 1000
     """The memory is filled in steps after this one."""
     contrast_start: int = 2000
@@ -93,8 +109,24 @@ class MethodConfig:
     """A labelled pixel is remembered if the teacher gives its class a probability above this."""
     variant: Literal["paper", "released"] = "paper"
     """paper: as described. released: the contrast as the authors' published code computes it."""
+    voc_quota: bool = False
+    """Let an image add a third of the classes times as many rows to the memory, as the authors' code does for VOC."""
     mix_background: int | None = None
     """Class that ClassMix does not paste while there are others (0 for VOC)."""
+    labelled_classmix: float = 0.2
+    """Probability of ClassMix for a batch of labelled images."""
+    unlabelled_classmix: float = 0.75
+    """Probability of ClassMix for a batch of unlabelled images."""
+    labelled_jitter: float = 0.125
+    """Strength of the colour jitter of labelled images."""
+    unlabelled_jitter: float = 0.25
+    """Strength of the colour jitter of unlabelled images."""
+    blur: Literal["random", "horizontal"] = "random"
+    """random: sigma of 0.1 to 1.5 pixels. horizontal: 1.5 across and 0.1 down, as the authors' library reads it."""
+    source_steps: Literal["alternate", "last"] = "alternate"
+    """With --source-root, alternate: its images in every second step. last: in every second of the last steps only."""
+    last_steps: int = 100
+    """How many last steps are without source images (alternate), or the only ones with them (last)."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +145,14 @@ class OptimConfig:
     """Weight decay of every trained tensor."""
     ema: float = 0.995
     """Share of the teacher kept in each step at the start; it rises to 1 by a half cosine."""
+    ema_warmup: float = 10.0
+    """The share kept is at most 1 - 1/(ema_warmup step + 1)."""
+    repeated_updates: bool = False
+    """Multiply the learning rate of each tensor by how often the authors' optimiser held it before October 2021."""
+    restart_after: float = 0.0
+    """Share of the steps without a better evaluation after which to go back to the best student; 0: never."""
+    renewal: int = 0
+    """Batches of unlabelled images that renew the BatchNorm statistics of the best student at the end; 0: none."""
     seed: int = 0
     """Seed of the split, the batches, the augmentation and the initial weights."""
 
@@ -176,47 +216,7 @@ class FitConfig:
             raise UserError(f"--ema is {optim.ema}: give a share between 0 and 1")
         if data.dataset == "folder" and data.root is None:
             raise UserError("--dataset folder needs --root, the folder with images/, masks/ and classes.txt")
-
-
-def to_plain(config: Any) -> Any:
-    """A dataclass as nested dicts of numbers, strings, lists and None, for files."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, tuple):
-        return [to_plain(value) for value in config]
-    return str(config) if isinstance(config, Path) else config
-
-
-def from_plain(plain: dict[str, Any]) -> FitConfig:
-    """The inverse of :func:`to_plain` for :class:`FitConfig`.
-
-    Raises:
-        UserError: a part or a field that this version does not know, or one that is missing.
-    """
-    parts = {"data": DataConfig, "model": ModelConfig, "method": MethodConfig, "optim": OptimConfig, "run": RunConfig}
-    paths = {"root", "out"}
-    try:
-        built: dict[str, Any] = {}
-        for name, part in parts.items():
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain[name].items()}
-            for path in paths & values.keys():
-                values[path] = None if values[path] is None else Path(values[path])
-            built[name] = part(**values)
-        return FitConfig(**built)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"configuration of another version ({error}): train again with this version") from error
-
-
-def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields (``"optim.lr 0.01 -> 0.02"``) in which two plain configurations would train different weights."""
-    free = {"run", "data.workers", "data.root"}
-    flat_old, flat_new = _flatten(old), _flatten(new)
-    return [
-        f"{name} {flat_old.get(name)} -> {flat_new.get(name)}"
-        for name in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(name) != flat_new.get(name) and name not in free and name.split(".")[0] not in free
-    ]
-
-
-def _flatten(plain: dict[str, Any]) -> dict[str, Any]:
-    return {f"{part}.{name}": value for part, values in plain.items() for name, value in values.items()}
+        if data.source_root is not None and data.dataset != "cityscapes":
+            raise UserError(f"--source-root has the classes of cityscapes, not of {data.dataset}: leave it out")
+        if optim.repeated_updates and self.model.network == "timm":
+            raise UserError("--repeated-updates counts tensors of the paper's networks: choose one with --network")

@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     """
     learners, content = load_learners(path, device)
     data = config_of(content, path).data
-    dataset = open_dataset(data.dataset, split, root or data.root)
+    dataset = open_dataset(data.dataset, split, root or data.root, data.scale)
     if list(dataset.classes) != content["data"]["classes"]:
         raise UserError(
             f"checkpoint {path} knows the classes {content['data']['classes']}, the data set has "

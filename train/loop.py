@@ -15,7 +15,10 @@ from train.config import FitConfig
 from train.errors import UserError
 from train.evaluate import Scores, evaluate
 from train.interrupt import CatchInterrupt, Interrupted
-from train.logs import MetricsLog
+from train.logs import MetricsLog, read_metrics
+from train.plain import write_config
+from train.results import BEST, logged_scores
+from train.selection import RESTARTED, Selection, renew, restart
 from train.session import Session, open_session
 from train.step import training_step
 from train.training import Training
@@ -25,7 +28,8 @@ def fit(config: FitConfig) -> dict[str, Scores]:
     """Train until ``config.optim.steps``, from the checkpoint in ``config.run.out`` if there is one.
 
     Returns:
-        scores on the validation set of ``student`` and, unless the method is ``supervised``, ``teacher``.
+        scores on the validation set of ``student`` and, unless the method is ``supervised``, ``teacher`` after the
+        last step; and of the best of all evaluations of the student.
 
     Raises:
         UserError: options, data or a checkpoint that cannot be used; a loss that is not finite.
@@ -33,9 +37,10 @@ def fit(config: FitConfig) -> dict[str, Scores]:
     """
     session = open_session(config)
     if session.training.step >= config.optim.steps:
-        return evaluate_all(session)
+        return evaluate_all(session) | best_logged(session)
     try:
         config.run.out.mkdir(parents=True, exist_ok=True)
+        write_config(config)
         log = MetricsLog(config.run.out, session.training.step)
     except OSError as error:
         raise UserError(f"run folder {config.run.out} cannot be written ({error}): choose another --out") from error
@@ -50,6 +55,7 @@ def _loop(session: Session, log: MetricsLog, interrupt: CatchInterrupt) -> dict[
     training, classes, batches = session.training, session.validation.classes, session.batches()
     run, steps = training.config.run, training.config.optim.steps
     scores: dict[str, Scores] = {}
+    selection = Selection(read_metrics(run.out), training.config.optim.restart_after * steps)
     slow = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no new line every half second
     with tqdm(total=steps, initial=training.step, desc=run.out.name, unit="step", mininterval=slow) as progress:
         while training.step < steps:
@@ -64,7 +70,7 @@ def _loop(session: Session, log: MetricsLog, interrupt: CatchInterrupt) -> dict[
                 progress.set_postfix_str(f"loss {numbers['loss/total']:.3f}{miou}", refresh=False)
             if last or training.step % run.evaluate_every == 0:
                 scores = evaluate_all(session)
-                numbers |= score_numbers(scores)
+                numbers |= score_numbers(scores) | select(session, selection, scores["student"])
             if numbers:
                 log.write(training.step, numbers)
             if last or interrupt.requested or training.step % run.checkpoint_every == 0:
@@ -75,7 +81,30 @@ def _loop(session: Session, log: MetricsLog, interrupt: CatchInterrupt) -> dict[
                     f"interrupted after step {training.step} of {steps}, saved in {session.checkpoint}; to go on, "
                     f"run the same command again: {shlex.join(['python', '-m', 'train', *sys.argv[1:]])}"
                 )
-    return scores
+    return scores | best_logged(session)
+
+
+def select(session: Session, selection: Selection, student: Scores) -> dict[str, float]:
+    """Keep the student if it is the best so far, return to the best one if that was long ago, renew it at the end.
+
+    Returns:
+        numbers for the log.
+    """
+    training, optim = session.training, session.training.config.optim
+    last = training.step == optim.steps
+    if selection.note({"step": training.step, "miou/student": student.miou}):
+        save_checkpoint(session.best_checkpoint, training, session.data)
+    elif selection.stuck(training.step) and not last:
+        restart(session)
+        selection.note({"step": training.step, RESTARTED: 1.0})
+        return {RESTARTED: 1.0}
+    return score_numbers({"renewed": renew(session, optim.renewal)}) if last and optim.renewal else {}
+
+
+def best_logged(session: Session) -> dict[str, Scores]:
+    """Scores of the best evaluation of the student, under its name."""
+    scores = logged_scores(read_metrics(session.training.config.run.out), session.validation.classes)
+    return {BEST: scores[BEST]} if scores else {}
 
 
 def log_numbers(training: Training, losses: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, float]:

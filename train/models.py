@@ -14,6 +14,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from pixcontrast import ContrastBranch
 from train.config import ModelConfig
 from train.errors import UserError
+from train.networks import DeepLab
 from train.weights import load_imagenet_weights
 
 
@@ -124,7 +125,7 @@ class Learner(nn.Module):
         branch: contrast branch on the network's features, or None when nothing is contrasted.
     """
 
-    def __init__(self, network: SegmentationModel, branch: ContrastBranch | None = None) -> None:
+    def __init__(self, network: SegmentationModel | DeepLab, branch: ContrastBranch | None = None) -> None:
         super().__init__()
         self.network = network
         self.branch = branch

@@ -11,18 +11,33 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 
 
-def ema_decay(step: int, steps: int, base: float = 0.995) -> float:
-    """Share of the teacher kept after ``step`` (from 0) of ``steps``: ``min(1 - 1/(10 step + 1), m)``.
+def ema_decay(step: int, steps: int, base: float = 0.995, warmup: float = 10.0) -> float:
+    """Share of the teacher kept after ``step`` (from 0) of ``steps``: ``min(1 - 1/(warmup step + 1), m)``.
 
     m rises from ``base`` to 1 along a half cosine. At step 0 the teacher becomes the student.
     """
     cosine = 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
-    return min(1 - 1 / (10 * step + 1), cosine)
+    return min(1 - 1 / (warmup * step + 1), cosine)
 
 
-def pseudo_ramp(step: int, length: int) -> float:
-    """Weight of the pseudo-labels at ``step``: ``exp(-5 (1 - step/length)^2)``, and 1 from ``length`` on."""
-    return math.exp(-5 * (1 - step / length) ** 2) if step < length else 1.0
+def pseudo_ramp(step: int, length: int, shape: str = "smooth") -> float:
+    """Weight of the pseudo-labels at ``step``: 1 from ``length`` on.
+
+    Until then it is ``exp(-5 (1 - step/length)^2)`` (shape ``smooth``) or 0 (``step``).
+    """
+    if step >= length:
+        return 1.0
+    return math.exp(-5 * (1 - step / length) ** 2) if shape == "smooth" else 0.0
+
+
+def from_source(step: int, steps: int, order: str = "alternate", last: int = 100) -> bool:
+    """Whether the labelled images of ``step`` (from 0) of ``steps`` are of the source domain.
+
+    Args:
+        order: ``alternate``: in every odd step but the ``last`` ones, as the authors' comment and first version have
+            it. ``last``: in every odd step of the ``last`` ones only, which is what their condition came to say.
+    """
+    return step % 2 == 1 and (step >= steps - last) == (order == "last")
 
 
 def poly_schedule(optimizer: Optimizer, steps: int) -> PolynomialLR:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from train.augment import STRONG, WEAK, augment
+from train.augment import augment
 from train.losses import entropy_loss, pseudo_label_loss, supervised_loss
 from train.models import Learner, resize
 from train.schedules import ema_decay, pseudo_ramp
@@ -28,23 +28,25 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     Returns:
         the weighted losses and their sum ``total`` as detached scalars. Nothing here waits for the device.
     """
-    m, i, branch = t.config.method, t.step, t.learner.branch
+    m, o, i, branch = t.config.method, t.config.optim, t.step, t.learner.branch
     late = i > m.contrast_start
+    target = not t.from_source(i)  # only the target domain decides what is rare, and what is remembered
     t.learner.train()
     t.teacher.train(m.teacher_mode == "train")
     losses: dict[str, Tensor] = {}
 
     # Labelled images: weak augmentation. Classes are counted before it.
     images, labels = to_float(labelled[0]), labelled[1]
-    t.class_weights.count_labels(labels)
-    images, labels, _ = augment(images, labels, None, WEAK, **mixing(t, True))
+    if target:
+        t.class_weights.count_labels(labels)
+    images, labels, _ = augment(images, labels, None, t.weak, **mixing(t, True))
 
     # Unlabelled images: the teacher labels the plain crop, the student will see two strong views of it.
     if unlabelled is not None:
         plain = to_float(unlabelled[0])
         pseudo, confidence = pseudo_labels(t.teacher, plain)
         t.class_weights.count_pseudo(pseudo)
-        views = [augment(plain, pseudo, confidence, STRONG, **mixing(t, late)) for _ in range(2)]
+        views = [augment(plain, pseudo, confidence, t.strong, **mixing(t, late)) for _ in range(2)]
         strong, pseudo, confidence = (torch.cat(parts) for parts in zip(*views, strict=True))
 
     balance = m.class_weights and late
@@ -55,14 +57,14 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
         logits, strong_features = t.learner(strong)
         logits = resize(logits, strong.shape[-2:])
         error = pseudo_label_loss(logits, pseudo, confidence, alpha, t.ignore_index, m.confidence_power)
-        losses["pseudo"] = m.pseudo_weight * pseudo_ramp(i, m.ramp) * error
+        losses["pseudo"] = m.pseudo_weight * pseudo_ramp(i, m.ramp, m.ramp_shape) * error
         losses["entropy"] = m.entropy_weight * entropy_loss(logits, pseudo, t.ignore_index)
     logits, features = t.learner(images)
     error = supervised_loss(resize(logits, images.shape[-2:]), labels, alpha, t.ignore_index)
     losses["supervised"] = m.supervised_weight * error
 
     # The memory takes what the teacher gets right on the labelled images; all pixels are drawn to their class in it.
-    if branch is not None and i > m.memory_start:
+    if branch is not None and i > m.memory_start and target:
         with torch.no_grad():
             teacher_logits, teacher_features = t.teacher(images)
         branch.remember(teacher_features, teacher_logits, labels, teacher=t.teacher.branch)
@@ -75,7 +77,7 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     total.backward()
     t.optimizer.step()
     t.schedule.step()
-    update_teacher(t.teacher, t.learner, ema_decay(i, t.config.optim.steps, t.config.optim.ema))
+    update_teacher(t.teacher, t.learner, ema_decay(i, o.steps, o.ema, o.ema_warmup))
     t.step += 1
     return {name: loss.detach() for name, loss in losses.items()} | {"total": total.detach()}
 

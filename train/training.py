@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pixcontrast import ContrastBranch
 from pixcontrast.branch import rows_per_image
+from train.augment import STRONG, WEAK, AugmentConfig
 from train.config import FitConfig, MethodConfig
 from train.models import Learner, SegmentationModel
-from train.schedules import ClassWeights, poly_schedule
+from train.networks import MEANS, DeepLab, build_network, load_weights
+from train.optimizer import build_optimizer
+from train.schedules import ClassWeights, from_source, poly_schedule
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Training:
     Attributes:
         learner: student network with contrast branch; the branch holds the memory.
         teacher: moving average of the learner's parameters, with buffers of its own.
+        weak, strong: augmentation of the labelled and of the unlabelled images.
         step: steps taken so far.
     """
 
@@ -36,7 +40,15 @@ class Training:
     optimizer: Optimizer
     schedule: LRScheduler
     class_weights: ClassWeights
+    weak: AugmentConfig
+    strong: AugmentConfig
     step: int = 0
+
+    def from_source(self, step: int) -> bool:
+        """Whether the labelled images of ``step`` (from 0) are of the source domain, if there is one."""
+        method, steps = self.config.method, self.config.optim.steps
+        adapts = self.config.data.source_root is not None
+        return adapts and from_source(step, steps, method.source_steps, method.last_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, with the state of torch's global random generators."""
@@ -89,7 +101,7 @@ def build_training(
     learner = build_learner(config, num_classes, ignore_index, num_labelled).to(device)
     to_channels_last(learner)
     teacher = copy.deepcopy(learner).requires_grad_(False)
-    optimizer = build_optimizer(learner, config)
+    optimizer = build_optimizer(learner, config.optim)
     semi_supervised = config.method.method != "supervised"
     class_weights = ClassWeights(
         num_classes,
@@ -98,16 +110,33 @@ def build_training(
         device=device,
     )
     schedule = poly_schedule(optimizer, config.optim.steps)
-    return Training(config, num_classes, ignore_index, learner, teacher, optimizer, schedule, class_weights)
+    views = build_augmentation(config.method)
+    return Training(config, num_classes, ignore_index, learner, teacher, optimizer, schedule, class_weights, *views)
 
 
 def build_learner(config: FitConfig, num_classes: int, ignore_index: int, num_labelled: int) -> Learner:
     """The network and, for the method ``contrast``, its branch. Arguments as in :func:`build_training`."""
-    network = SegmentationModel(num_classes, config.model)
+    network = build_segmentation(config, num_classes)
     if config.method.method != "contrast":
         return Learner(network)
     branch = build_branch(config.method, network.feature_channels, num_classes, ignore_index, num_labelled)
     return Learner(network, branch)
+
+
+def build_segmentation(config: FitConfig, num_classes: int) -> SegmentationModel | DeepLab:
+    """The network with the weights it starts from; prints which of a paper's network were loaded.
+
+    Raises:
+        UserError: an unusable encoder, or weights that are not there or do not fit.
+    """
+    model = config.model
+    if model.network == "timm":
+        return SegmentationModel(num_classes, model)
+    mean = MEANS.get(config.data.dataset, MEANS["voc"])  # that of VOC is nearly that of ImageNet
+    network = build_network(model.network, num_classes, mean, model.branches)
+    if model.pretrained:
+        print(load_weights(network, model.weights), flush=True)
+    return network
 
 
 def to_channels_last(module: nn.Module) -> None:
@@ -129,15 +158,18 @@ def build_branch(
         variant=method.variant,
         ignore_index=ignore_index,
         threshold=method.confidence,
-        quota=rows_per_image(num_labelled, method.memory_rows),
+        quota=rows_per_image(num_labelled, method.memory_rows, num_classes if method.voc_quota else None),
         loss_weight=method.contrast_weight,
     )
 
 
-def build_optimizer(learner: nn.Module, config: FitConfig) -> Optimizer:
-    """SGD with momentum or AdamW over every trainable tensor, in one group, all with weight decay, as in the paper."""
-    parameters = [p for p in learner.parameters() if p.requires_grad]
-    optim = config.optim
-    if optim.optimizer == "adamw":
-        return AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay)
-    return SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+def build_augmentation(method: MethodConfig) -> tuple[AugmentConfig, AugmentConfig]:
+    """Augmentation of the labelled and of the unlabelled images."""
+    weak = replace(WEAK, classmix=method.labelled_classmix, jitter_strength=method.labelled_jitter)
+    strong = replace(
+        STRONG,
+        classmix=method.unlabelled_classmix,
+        jitter_strength=method.unlabelled_jitter,
+        blur_horizontally=method.blur == "horizontal",
+    )
+    return weak, strong

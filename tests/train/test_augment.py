@@ -231,6 +231,18 @@ def test_jitter_strength_bounds_brightness_and_hue_keeps_grey():
         assert 1 + 0.9 * strength < factor.max() <= 1 + strength + 1e-3
 
 
+def test_horizontal_blur_leaves_columns_nearly_alone():
+    """By the larger sigma across and the smaller one down, as kornia 0.4.1 takes the range of the authors."""
+    impulse = torch.zeros(1, 3, 33, 33)
+    impulse[..., 16, 16] = 1
+    blurred, _, _ = run((impulse, torch.zeros(1, 33, 33).long(), None), AugmentConfig(blur=1.0, blur_horizontally=True))
+    across, down = blurred[0, 0, 16], blurred[0, 0, :, 16]
+    positions = torch.arange(33.0) - 16
+    bell = torch.exp(-positions.square() / (2 * 1.5**2))
+    assert torch.allclose(across, bell / bell[5:28].sum() * (positions.abs() <= 11), atol=1e-6)
+    assert torch.allclose(down, across[16] * (positions == 0), atol=1e-6)
+
+
 def test_blur_of_fixed_sigma_is_that_of_torchvision():
     data = batch(2, 40, 40)
     blurred, _, _ = run(data, AugmentConfig(flip=0.0, blur=1.0, blur_sigma=(1.2, 1.2)))

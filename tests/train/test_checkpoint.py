@@ -16,17 +16,18 @@ import pytest
 import torch
 
 from train.checkpoint import read_checkpoint, save_checkpoint
-from train.config import FitConfig, from_plain, to_plain
+from train.config import FitConfig
 from train.errors import UserError
 from train.loop import fit
+from train.plain import from_plain, to_plain
 from train.session import open_session
 from train.step import training_step
 
 SCRIPT = """
 import json, sys, torch
-from train.config import from_plain
 from train.interrupt import Interrupted
 from train.loop import fit
+from train.plain import from_plain
 torch.set_num_threads(1)
 try:
     fit(from_plain(json.loads(sys.argv[1])))

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from train import demo
-from train.config import FitConfig, differing_fields, to_plain
+from train.config import FitConfig
 from train.cost import contrast_cost
 from train.data import SegmentationDataset
 from train.demo import DemoConfig, demo_configs, run_demo
 from train.errors import UserError
 from train.figures import IGNORED, colour, smooth
+from train.plain import differing_fields, to_plain
 from train.report import telling_tiles
 from train.session import open_session
 

@@ -14,6 +14,7 @@ from train.data import SegmentationDataset
 from train.evaluate import Scores, evaluate, evaluate_checkpoint, predict, scores_of, scores_table
 from train.logs import MetricsLog, read_metrics
 from train.loop import fit
+from train.results import BEST
 from train.training import build_training
 
 
@@ -66,7 +67,9 @@ def test_table():
 
 def test_checkpoint_scores_as_at_the_end_of_the_training(tiny: FitConfig):
     scores = fit(tiny)
+    best = scores.pop(BEST)
     assert set(scores) == {"student", "teacher"} and evaluate_checkpoint(tiny.run.out / "last.pt") == scores
+    assert evaluate_checkpoint(tiny.run.out / "best.pt")["student"] == best
 
 
 def test_log_drops_what_came_after_the_checkpoint_and_half_a_line(tmp_path: Path):

@@ -6,12 +6,29 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from train.schedules import ClassWeights, ema_decay, poly_schedule, pseudo_ramp
+from train.schedules import ClassWeights, ema_decay, from_source, poly_schedule, pseudo_ramp
 
 
 def test_ramp():
     values = [pseudo_ramp(step, 2000) for step in (0, 500, 1000, 1500, 1999, 2000, 9999)]
     assert values == pytest.approx([0.0067379, 0.0600547, 0.2865048, 0.7316156, 0.99999875, 1, 1], rel=1e-5)
+
+
+def test_ramp_in_one_step():
+    assert [pseudo_ramp(step, 2000, "step") for step in (0, 1999, 2000, 9999)] == [0, 0, 1, 1]
+
+
+def test_ema_with_the_older_warmup():
+    assert ema_decay(0, 150000, warmup=1) == 0
+    assert ema_decay(1, 150000, warmup=1) == pytest.approx(1 / 2)
+    assert ema_decay(19, 150000, warmup=1) == pytest.approx(19 / 20)
+
+
+def test_steps_with_images_of_the_source():
+    assert [step for step in range(10) if from_source(step, 10, last=4)] == [1, 3, 5]
+    assert [step for step in range(10) if from_source(step, 10, "last", last=4)] == [7, 9]
+    assert sum(from_source(step, 150000) for step in range(150000)) == 74950
+    assert sum(from_source(step, 150000, "last") for step in range(150000)) == 50
 
 
 def test_ema_starts_by_copying_then_follows_the_cosine():

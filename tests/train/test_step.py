@@ -73,6 +73,21 @@ def test_pseudo_labels_are_ramped(tiny: FitConfig):
     assert first[1]["entropy"].item() == first[0]["entropy"].item() > 0
 
 
+def test_ramp_in_one_step_switches_the_pseudo_labels_on(tiny: FitConfig):
+    losses = run(with_method(tiny, "pseudo", ramp=2, ramp_shape="step"), 4)[1]
+    assert [step["pseudo"].item() > 0 for step in losses] == [False, False, True, True]
+
+
+def test_teacher_follows_the_warmup_of_its_average(tiny: FitConfig):
+    weights = {}
+    for warmup in (1e9, 10.0, 1.0):
+        config = replace(tiny, optim=replace(tiny.optim, ema_warmup=warmup, ema=0.99))
+        training = run(config, 2)[0]
+        weights[warmup] = training.learner.network.classifier.weight - training.teacher.network.classifier.weight
+    # the share of the teacher kept in step 1 is 1/2, 10/11, and that of the cosine
+    assert weights[1.0].norm() < weights[10.0].norm() < weights[1e9].norm()
+
+
 def test_classes_are_weighed_once_the_contrast_begins(tiny: FitConfig):
     weighed, plain = (run(with_method(tiny, "pseudo", class_weights=on), 4)[1] for on in (True, False))
     same = [torch.equal(a["supervised"], b["supervised"]) for a, b in zip(weighed, plain, strict=True)]

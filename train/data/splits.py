@@ -25,13 +25,17 @@ def split_labelled(n: int, labelled: int | float, seed: int) -> tuple[list[int],
     Raises:
         UserError: ``labelled`` is out of range.
     """
+    count = labelled_count(n, labelled)
+    order = np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, n]).permutation(n).tolist()
+    return sorted(order[:count]), sorted(order[count:])
+
+
+def labelled_count(n: int, labelled: int | float) -> int:
+    """How many of ``n`` images ``labelled`` means. Arguments and errors as in `split_labelled`."""
     if isinstance(labelled, float):
         if not 0.0 < labelled <= 1.0:
             raise UserError(f"labelled fraction {labelled}: expected above 0 and at most 1 (a whole number is a count)")
-        count = max(1, round(n * labelled))
-    else:
-        if not 1 <= labelled <= n:
-            raise UserError(f"{labelled} labelled images: expected 1 to {n}, the number of images in the train split")
-        count = labelled
-    order = np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, n]).permutation(n).tolist()
-    return sorted(order[:count]), sorted(order[count:])
+        return max(1, round(n * labelled))
+    if not 1 <= labelled <= n:
+        raise UserError(f"{labelled} labelled images: expected 1 to {n}, the number of images in the train split")
+    return labelled
