@@ -1,19 +1,8 @@
 // The grouped products for the tests: `type` is 0 for float, 1 for bfloat16, 2 for half. `workspace` has `room` bytes.
-#include "cuda/device.cuh"
+#include "bindings.h"
 #include "grouped_cuda.h"
 
 using namespace pixcontrast;
-
-namespace {
-
-template <class Body>
-int64_t with_type(int64_t type, const Body& body) {
-  if (type == 0) return body(float());
-  if (type == 1) return body(__nv_bfloat16());
-  return body(__half());
-}
-
-}  // namespace
 
 extern "C" int64_t run_grouped_linear(int64_t type, int64_t tensor_cores, int64_t rows, int64_t groups, int64_t dim,
                                       int64_t outputs, const int32_t* ends, const void* x, const void* weight,

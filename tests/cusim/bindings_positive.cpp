@@ -1,6 +1,6 @@
 // Positive objective and memory mean for the tests: `type` is 0 for float, 1 for bfloat16, 2 for half. Without
 // a workspace a call only says in *bytes how many bytes it needs.
-#include "cuda/device.cuh"
+#include "bindings.h"
 #include "positive_cuda.h"
 
 using namespace pixcontrast;
@@ -10,13 +10,6 @@ namespace {
 __global__ void store(int64_t* to, const int64_t number) { *to = number; }
 
 int64_t store_bytes(int64_t* to, size_t bytes) { return cu_launch(store, dim3(1), dim3(1), 0, nullptr, to, bytes); }
-
-template <class Body>
-int64_t with_type(int64_t type, const Body& body) {
-  if (type == 0) return body(float());
-  if (type == 1) return body(__nv_bfloat16());
-  return body(__half());
-}
 
 }  // namespace
 

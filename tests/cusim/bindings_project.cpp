@@ -1,6 +1,6 @@
 // The operator project for the tests: `type` is 0 for float, 1 for bfloat16, 2 for half. Without a workspace
 // run_project_backward only says in *bytes how many bytes it needs.
-#include "cuda/device.cuh"
+#include "bindings.h"
 #include "project_cuda.h"
 
 using namespace pixcontrast;
@@ -8,13 +8,6 @@ using namespace pixcontrast;
 namespace {
 
 __global__ void store(int64_t* to, const int64_t number) { *to = number; }
-
-template <class Body>
-int64_t with_type(int64_t type, const Body& body) {
-  if (type == 0) return body(float());
-  if (type == 1) return body(__nv_bfloat16());
-  return body(__half());
-}
 
 }  // namespace
 
