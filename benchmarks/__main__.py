@@ -1,6 +1,6 @@
 """Time this project's operators beside other ways to compute the same.
 
-python -m benchmarks                                  the sizes of the papers, about 15 minutes on 2 cores
+python -m benchmarks                                  the sizes of the papers, more than 10 minutes on 2 cores
 python -m benchmarks --quick --case city              less rounds, no peak memory
 python -m benchmarks --case sweeps                    how cost grows with pixels, rows, classes, channels, anchors
 python -m benchmarks --compare earlier/results.json
