@@ -24,11 +24,13 @@ class Effort:
         rounds: each contender has one turn in a round.
         seconds: after its share of these, a contender that has had three turns has no more.
         memory: whether to measure peak memory, each in a fresh process.
+        patience: seconds; a contender whose step takes longer has two turns, and its memory is that of its first step.
     """
 
     rounds: int = 20
     seconds: float = 8.0
     memory: bool = True
+    patience: float = 2.0
 
 
 @dataclass
@@ -98,7 +100,8 @@ def measure(
         for row in outcome.rows:
             if row.status == "ok":
                 progress(f"{case.name}: memory of {row.contender}")
-                row.peak_mib = peak_mebibytes(case, row.contender, device, checkouts, torch.get_num_threads())
+                warm = row.ms is None or row.ms <= 1e3 * effort.patience
+                row.peak_mib = peak_mebibytes(case, row.contender, device, checkouts, torch.get_num_threads(), warm)
     return outcome
 
 
@@ -152,7 +155,8 @@ def interleaved(
         cost = clock.seconds(ready[name])  # also warms up
         calls[name] = min(max(int(0.1 / cost), 1), 7)
         share = effort.seconds / len(steps)
-        rounds[name] = min(max(int(share / (cost * calls[name])), 3), effort.rounds)
+        least = 2 if cost > effort.patience else 3
+        rounds[name] = min(max(int(share / (cost * calls[name])), least), effort.rounds)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(max(rounds.values(), default=0)):
         for name, step in ready.items():

@@ -14,24 +14,30 @@ from .problem import Problem
 from .released import Checkouts
 
 
-def peak_mebibytes(case: Case, contender: str, device: str, checkouts: Checkouts, threads: int) -> float:
-    """Peak of the second step above what the inputs take; the first one loads libraries and starts threads.
+def peak_mebibytes(
+    case: Case, contender: str, device: str, checkouts: Checkouts, threads: int, warm: bool = True
+) -> float:
+    """Peak of a step above what the inputs take.
+
+    Where it is ``warm``, the second one: the first loads libraries and starts threads, which is little beside what a
+    slow step takes.
 
     On the CPU it is resident memory (Linux), with what the allocator keeps for later; on a GPU what PyTorch allocates.
     """
     context = multiprocessing.get_context("forkserver")  # imports once; every process is forked before any work
     context.set_forkserver_preload(["torch", __name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, case.name, contender, device, checkouts, threads).result()
+        return pool.submit(_measure, case.name, contender, device, checkouts, threads, warm).result()
 
 
-def _measure(case_name: str, contender: str, device: str, checkouts: Checkouts, threads: int) -> float:
+def _measure(case_name: str, contender: str, device: str, checkouts: Checkouts, threads: int, warm: bool) -> float:
     torch.set_num_threads(threads)
     case = CASES[case_name]
     problem = case.problem(device)
     step = case.contenders_of(problem, checkouts)[contender](problem)
-    step()
-    _forget_gradients(problem)
+    if warm:
+        step()
+        _forget_gradients(problem)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

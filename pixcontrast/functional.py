@@ -108,47 +108,82 @@ def positive_contrast(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or (on CPU) label values that do not fit, named.
     """
+    _check_pixels_and_labels(features, labels)
+    check_queue(queue, features)
+    if queue_counts is None:
+        queue_counts = torch.full((queue.shape[0],), queue.shape[1], dtype=torch.int64, device=queue.device)
+    mean = memory_mean(queue, queue_counts, queue_weights, backend)
+    return contrast_with_mean(
+        features,
+        labels,
+        mean,
+        queue_counts,
+        weights=weights,
+        ignore_index=ignore_index,
+        loss_weight=loss_weight,
+        backend=backend,
+    )
+
+
+def contrast_with_mean(
+    features: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    counts: Tensor,
+    *,
+    weights: Tensor | None = None,
+    ignore_index: int = 255,
+    loss_weight: float = 1.0,
+    backend: str = "auto",
+) -> PositiveOutput:
+    """:func:`positive_contrast` with a memory of which only the class means are known.
+
+    Args:
+        mean: ``[C, D]``, the weighted mean unit row of each class, as of :func:`memory_mean`.
+        counts: ``[C]`` int64, how many rows each of them is the mean of.
+        features, labels, weights, ignore_index, loss_weight, backend: as there.
+
+    Returns:
+        :class:`PositiveOutput`. Gradients reach ``features``, ``weights`` and ``mean``.
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
+    shape = _check_pixels_and_labels(features, labels)
+    _check_float("mean", mean)
+    if mean.dim() != 2 or mean.shape[1] != features.shape[1]:
+        raise ValueError(f"mean must be [C, D={features.shape[1]}], got {tuple(mean.shape)}")
+    _check_like("counts", counts, (mean.shape[0],), features.device)
+    _check_int64("counts", counts)
+    mean = mean.to(reference.accumulation_dtype(features.dtype))
+    if weights is not None:
+        _check_like("weights", weights, shape, features.device)
+        _check_float("weights", weights)
+        weights = weights.to(mean.dtype)
+    if not torch.is_grad_enabled():  # a Function is told of leaves that want a gradient all the same
+        features, mean = features.detach(), mean.detach()
+        weights = None if weights is None else weights.detach()
+    if uses_extension(backend, features.device, features.dtype):
+        loss, class_loss, pixels, unknown = Positive.apply(
+            features, labels, weights, mean, counts, loss_weight, ignore_index
+        )
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and unknown.item():
+            check_label_values(labels, mean.shape[0], ignore_index, "labels")
+        return PositiveOutput(loss, class_loss, pixels)
+    check_label_values(labels, mean.shape[0], ignore_index, "labels")
+    labels = torch.where(labels == ignore_index, -1, labels)
+    return PositiveOutput(*reference.positive(features, labels, weights, mean, counts, loss_weight))
+
+
+def _check_pixels_and_labels(features: Tensor, labels: Tensor) -> tuple[int, ...]:
+    """The shape of ``labels``, which goes with that of ``features``."""
     _check_float("features", features)
     if features.dim() not in (2, 4):
         raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
     shape = (features.shape[0], *features.shape[2:])
     _check_like("labels", labels, shape, features.device)
     _check_int64("labels", labels)
-    _check_float("queue", queue)
-    if queue.dim() != 3 or queue.shape[2] != features.shape[1]:
-        raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
-    if queue.device != features.device:
-        raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
-    dtype = reference.accumulation_dtype(features.dtype)
-    if weights is not None:
-        _check_like("weights", weights, shape, features.device)
-        _check_float("weights", weights)
-        weights = weights.to(dtype)
-    if queue_weights is not None:
-        _check_like("queue_weights", queue_weights, tuple(queue.shape[:2]), queue.device)
-        _check_float("queue_weights", queue_weights)
-        queue_weights = queue_weights.to(reference.accumulation_dtype(queue.dtype))
-    classes, capacity = queue.shape[:2]
-    if queue_counts is None:
-        queue_counts = torch.full((classes,), capacity, dtype=torch.int64, device=queue.device)
-    _check_like("queue_counts", queue_counts, (classes,), queue.device)
-    _check_int64("queue_counts", queue_counts)
-
-    if not torch.is_grad_enabled():  # a Function is told of leaves that want a gradient all the same
-        features = features.detach()
-        weights, queue_weights = (None if w is None else w.detach() for w in (weights, queue_weights))
-    queue = queue.detach()
-    if uses_extension(backend, features.device, features.dtype):
-        loss, class_loss, pixels, unknown = Positive.apply(
-            features, labels, weights, queue, queue_counts, queue_weights, loss_weight, ignore_index
-        )
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and unknown.item():
-            check_label_values(labels, classes, ignore_index, "labels")
-        return PositiveOutput(loss, class_loss, pixels)
-    check_label_values(labels, classes, ignore_index, "labels")
-    labels = torch.where(labels == ignore_index, -1, labels)
-    mean = reference.memory_mean(queue, queue_counts, queue_weights).to(dtype)
-    return PositiveOutput(*reference.positive(features, labels, weights, mean, queue_counts, loss_weight))
+    return shape
 
 
 class InfoNCEOutput(NamedTuple):
@@ -200,11 +235,9 @@ def infonce_contrast(
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
     for queue in queues:
-        _check_float("queue", queue)
-        if queue.dim() != 3 or queue.shape[2] != features.shape[1] or queue.shape[0] != queues[0].shape[0]:
-            raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
-        if queue.device != features.device:
-            raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
+        check_queue(queue, features)
+        if queue.shape[0] != queues[0].shape[0]:
+            raise ValueError(f"queues must have the same classes, got {queues[0].shape[0]} and {queue.shape[0]}")
     if queue_counts is None:
         queue_counts = [torch.full((q.shape[0],), q.shape[1], dtype=torch.int64, device=q.device) for q in queues]
     for queue, counts in zip(queues, queue_counts, strict=True):
@@ -267,6 +300,15 @@ def project(
     if uses_extension(backend, features.device, features.dtype):
         return Project.apply(features, index, weight, bias)
     return reference.project(features, index, weight, bias)
+
+
+def check_queue(queue: Tensor, features: Tensor) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless ``queue`` is ``[C, N, D]`` and goes with ``features``."""
+    _check_float("queue", queue)
+    if queue.dim() != 3 or queue.shape[2] != features.shape[1]:
+        raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
+    if queue.device != features.device:
+        raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:

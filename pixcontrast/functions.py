@@ -30,8 +30,8 @@ class MemoryMean(torch.autograd.Function):
 class Positive(torch.autograd.Function):
     """Loss and all its gradients at once, see :func:`pixcontrast.reference.positive`.
 
-    The forward writes the gradients for an incoming gradient of one: the features are read once, the memory twice. The
-    backward hands them on, scaled only if the incoming gradient is another number.
+    The forward writes the gradients for an incoming gradient of one: the features are read once. The backward hands
+    them on, scaled only if the incoming gradient is another number.
     """
 
     @staticmethod
@@ -40,33 +40,24 @@ class Positive(torch.autograd.Function):
         features: Tensor,
         labels: Tensor,
         weights: Tensor | None,
-        queue: Tensor,
+        mean: Tensor,
         counts: Tensor,
-        queue_weights: Tensor | None,
         loss_weight: float,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        library = torch.ops.pixcontrast
-        ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[5])
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        mean = library.memory_mean(queue, counts, queue_weights)
-        mean_dtype = mean.dtype
-        if mean_dtype != dtype:
-            mean = mean.to(dtype)
-        loss, class_loss, pixels, unknown, grad_features, grad_weights, grad_mean = library.positive(
+        ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        loss, class_loss, pixels, unknown, *grads = torch.ops.pixcontrast.positive(
             features, labels, weights, mean, counts, loss_weight, ignore_index, *ctx.needs
         )
-        if ctx.needs[2]:
-            grad_mean = library.memory_mean_backward(grad_mean.to(mean_dtype), queue, counts, queue_weights)
-        ctx.save_for_backward(grad_features, grad_weights, grad_mean)
+        ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
         return loss, class_loss, pixels, unknown
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        features, weights, queue_weights = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
-        return features, None, weights, None, None, queue_weights, None, None
+        features, weights, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        return features, None, weights, mean, None, None, None
 
 
 class InfoNCE(torch.autograd.Function):

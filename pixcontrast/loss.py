@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import BACKENDS, infonce_contrast, positive_contrast
+from .distributed import contrast_over_ranks, world_size
+from .functional import BACKENDS, check_queue, contrast_with_mean, infonce_contrast, memory_mean
 from .memory import ClassMemory
 from .reference import MIN_ROWS
 from .select import Anchors, all_anchors, hard_anchors, labels_at
@@ -52,6 +53,10 @@ class PixelContrastLoss(nn.Module):
             ``ValueError`` (and waits for the device to know).
         backend: ``"auto"`` takes the compiled kernels where there are some for the device, else plain PyTorch;
             ``"extension"`` and ``"reference"`` insist.
+        across_ranks: with several processes, the mean of a class runs over the pixels of all of them, so that the loss
+            and the averaged gradients are those of one process with the whole batch (positive; the queue must be one
+            that all ranks share, with ``sync="gather"`` or ``"reduce"``, and all must call equally often). Otherwise
+            each rank has the loss of its own pixels, as with the usual losses.
 
     Raises:
         ValueError: an unknown option, or numbers out of range.
@@ -72,6 +77,7 @@ class PixelContrastLoss(nn.Module):
         loss_weight: float = 1.0,
         on_empty: str = "zero",
         backend: str = "auto",
+        across_ranks: bool = False,
     ) -> None:
         super().__init__()
         options: dict[str, tuple[str, tuple[str, ...]]] = {"objective": (objective, OBJECTIVES)}
@@ -90,6 +96,9 @@ class PixelContrastLoss(nn.Module):
         for name, number in numbers.items():
             if not number > 0:
                 raise ValueError(f"PixelContrastLoss: {name} must be above 0, got {number}")
+        if across_ranks and objective != "positive":
+            raise ValueError('PixelContrastLoss: across_ranks is for objective="positive" alone')
+        self.across_ranks = across_ranks
         self.objective, self.variant, self.ignore_index = objective, variant, ignore_index
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views = max_samples, max_views
@@ -161,27 +170,33 @@ class PixelContrastLoss(nn.Module):
         queue_weights: Tensor | None,
         return_stats: bool,
     ) -> Tensor | tuple[Tensor, ContrastStats]:
-        rows, counts = _rows_and_counts(queue)
-        output = positive_contrast(
+        rows, _ = _rows_and_counts(queue)
+        check_queue(rows, feats)
+        if isinstance(queue, ClassMemory):
+            mean, counts = queue.mean(queue_weights, self.backend)
+        else:
+            counts = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
+            mean = memory_mean(rows, counts, queue_weights, self.backend)
+        contrast = contrast_over_ranks if self.across_ranks and world_size() > 1 else contrast_with_mean
+        output = contrast(
             feats,
             labels,
-            rows,
-            queue_counts=counts,
+            mean,
+            counts,
             weights=weights,
-            queue_weights=queue_weights,
             ignore_index=self.ignore_index,
             loss_weight=self.loss_weight,
             backend=self.backend,
         )
         if not return_stats and self.on_empty == "zero":
             return output.loss
-        counts = torch.full_like(output.pixels, rows.shape[1]) if counts is None else counts
         taking_part = (output.pixels >= MIN_ROWS) & (counts >= MIN_ROWS)
         self._complain_if_empty(taking_part, "two pixels with its label and two rows in the memory")
         if not return_stats:
             return output.loss
         similarity = torch.where(taking_part, 1 - output.class_loss, float("nan"))
-        return output.loss, ContrastStats(output.pixels, similarity, counts / rows.shape[1])
+        capacity = queue.total_capacity if isinstance(queue, ClassMemory) else rows.shape[1]
+        return output.loss, ContrastStats(output.pixels, similarity, counts / capacity)
 
     def contrast(
         self,
@@ -194,6 +209,11 @@ class PixelContrastLoss(nn.Module):
         """InfoNCE of anchors that are chosen already; arguments and result as for :meth:`forward`."""
         queues, counts = [], []
         for part in _parts(queue):
+            if isinstance(part, ClassMemory) and part.sync == "reduce":
+                raise ValueError(
+                    'objective="infonce" contrasts anchors with every row, and a ClassMemory with sync="reduce" has '
+                    'only those of its own rank: make it with sync="gather" or "local"'
+                )
             rows, count = _rows_and_counts(part)
             if count is None:
                 count = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)

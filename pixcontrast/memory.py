@@ -6,8 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distributed import mean_over_ranks, world_size
+from .functional import memory_mean
 from .reference import unit_rows
 from .select import labels_at
+
+SYNCS = ("local", "gather", "reduce")
 
 
 class ClassMemory(nn.Module):
@@ -20,8 +24,10 @@ class ClassMemory(nn.Module):
         num_classes: C.
         capacity: N, rows kept for each class.
         dim: D.
-        sync: ``"local"`` keeps what this process pushes; ``"gather"`` makes every rank of the default process group
-            push the same rows, in rank order (all must push equally often, with the same quota and number of images).
+        sync: with several processes. ``"local"``: each keeps what it pushes. ``"gather"``: every rank of the default
+            process group pushes the same rows, in rank order (all must push equally often, with the same quota and
+            number of images). ``"reduce"``: each rank keeps what it pushes, N rows of its own, and :meth:`mean` runs
+            over those of all ranks; for the positive objective, which needs no more than that.
         dtype: storage of the rows (float32, bfloat16, float16 or float64).
 
     Attributes:
@@ -41,8 +47,8 @@ class ClassMemory(nn.Module):
         for name, size in (("num_classes", num_classes), ("capacity", capacity), ("dim", dim)):
             if size < 1:
                 raise ValueError(f"ClassMemory: {name} must be at least 1, got {size}")
-        if sync not in ("local", "gather"):
-            raise ValueError(f'ClassMemory: sync must be "local" or "gather", got {sync!r}')
+        if sync not in SYNCS:
+            raise ValueError(f"ClassMemory: sync must be one of {SYNCS}, got {sync!r}")
         self.sync = sync
         self.register_buffer("rows", torch.zeros(num_classes, capacity, dim, dtype=dtype))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
@@ -59,6 +65,11 @@ class ClassMemory(nn.Module):
     @property
     def dim(self) -> int:
         return self.rows.shape[2]
+
+    @property
+    def total_capacity(self) -> int:
+        """Rows of each class that :meth:`mean` can run over."""
+        return self.capacity * (world_size() if self.sync == "reduce" else 1)
 
     @property
     def fill(self) -> Tensor:
@@ -118,7 +129,27 @@ class ClassMemory(nn.Module):
             self._write(chosen, kept)
 
     def _gathers(self) -> bool:
-        return self.sync == "gather" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return self.sync == "gather" and world_size() > 1
+
+    def mean(self, weights: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """Weighted mean unit row of each class; with ``sync="reduce"``, over the rows of all ranks.
+
+        Then every rank must call it equally often, and the gradient reaches the weights of every rank.
+
+        Args:
+            weights: ``[C, N]`` logits of the attention weights of this rank's rows; ``None``: all alike.
+            backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+        Returns:
+            ``[C, D]`` float32 (float64 for float64 rows), zero for an empty class; and how many rows ``[C]`` int64.
+
+        Raises:
+            ValueError, TypeError: weights that do not fit, named.
+        """
+        mean = memory_mean(self.rows, self.counts, weights, backend)
+        if self.sync != "reduce" or world_size() == 1:
+            return mean, self.counts
+        return mean_over_ranks(mean, self.counts, weights)
 
     def choose(
         self, labels: Tensor, scores: Tensor | None, quota: int | None, images: Tensor | None, num_images: int

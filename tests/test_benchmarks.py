@@ -157,15 +157,16 @@ def test_contenders_take_turns_and_slow_ones_stop_early() -> None:
     class Counting(CpuClock):
         def seconds(self, step: Step) -> float:
             step()
-            return {"fast": 0.001, "slow": 2.0}[calls[-1]]
+            return {"fast": 0.001, "slow": 2.0, "glacial": 2.1}[calls[-1]]
 
     def step_of(name: str) -> Step:
         return lambda: calls.append(name) or {}
 
-    times = interleaved({n: step_of(n) for n in ("fast", "slow")}, Counting(), Effort(5, 1.0), lambda: None)
-    assert {name: len(values) for name, values in times.items()} == {"fast": 5, "slow": 3}
-    turns = "".join("F" if name == "fast" else "s" for name in calls[2:])  # after one trial each
-    assert turns == ("F" * 7 + "s") * 3 + "F" * 14
+    names = ("fast", "slow", "glacial")
+    times = interleaved({n: step_of(n) for n in names}, Counting(), Effort(5, 1.0), lambda: None)
+    assert {name: len(values) for name, values in times.items()} == {"fast": 5, "slow": 3, "glacial": 2}
+    turns = "".join({"fast": "F", "slow": "s", "glacial": "g"}[name] for name in calls[3:])  # after one trial each
+    assert turns == ("F" * 7 + "sg") * 2 + "F" * 7 + "s" + "F" * 14
 
 
 def test_the_floor_is_the_slower_of_moving_and_multiplying() -> None:

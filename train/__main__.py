@@ -1,4 +1,4 @@
-"""Command line: ``python -m train fit | evaluate | demo | rows | make-data | reproduce``."""
+"""Command line: ``python -m train fit | evaluate | demo | rows | make-data | reproduce | ablation | figures``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from train.ablation import AblationConfig, ablation
 from train.command_line import STYLE, parse_row
 from train.config import FitConfig
 from train.data.scenes import make_scenes
 from train.demo import DemoConfig, run_demo
+from train.distributed import processes, rank, world_size
 from train.errors import UserError
 from train.evaluate import evaluate_checkpoint, scores_table
+from train.figures import FiguresConfig, figures
 from train.interrupt import Interrupted
 from train.loop import fit
 from train.reproduce import ReproduceConfig, reproduce
@@ -28,8 +31,8 @@ class EvaluateConfig:
 
     checkpoint: tyro.conf.Positional[Path]
     """File last.pt of a run folder."""
-    split: Literal["train", "val"] = "val"
-    """Images to evaluate on."""
+    split: Literal["train", "val", "test"] = "val"
+    """Images to evaluate on; of the published data sets, camvid has test."""
     root: Path | None = None
     """Folder of the data, if it is not where it was during the training."""
     device: str = "auto"
@@ -71,14 +74,17 @@ Command = (
     | Annotated[RowsConfig, tyro.conf.subcommand("rows")]
     | Annotated[MakeDataConfig, tyro.conf.subcommand("make-data")]
     | Annotated[ReproduceConfig, tyro.conf.subcommand("reproduce")]
+    | Annotated[FiguresConfig, tyro.conf.subcommand("figures")]
+    | Annotated[AblationConfig, tyro.conf.subcommand("ablation")]
 )
 
 
 def parse(arguments: list[str]) -> tuple[Any, list[str]]:
     """The command, and arguments that go on to `fit`."""
-    if arguments[:1] == ["reproduce"]:
-        prog = "python -m train reproduce"
-        return tyro.cli(ReproduceConfig, prog=prog, args=arguments[1:], return_unknown_args=True)
+    takes_options_of_fit = {"reproduce": ReproduceConfig, "ablation": AblationConfig}
+    if (name := next(iter(arguments), "")) in takes_options_of_fit:
+        prog = f"python -m train {name}"
+        return tyro.cli(takes_options_of_fit[name], prog=prog, args=arguments[1:], return_unknown_args=True)
     if arguments[:1] == ["fit"] and any(argument.split("=")[0] == "--row" for argument in arguments):
         return parse_row(arguments[1:]), []
     command = tyro.cli(
@@ -109,6 +115,10 @@ def run(command: Any, overrides: list[str]) -> None:
             report = reproduce(command, overrides)
             if not command.print_commands:
                 print(f"comparison: {report}")
+        case AblationConfig():
+            print(f"table: {ablation(command, overrides)}")
+        case FiguresConfig():
+            print("\n".join(f"picture: {file}" for file in figures(command)))
         case DemoConfig():
             print(f"report: {run_demo(command)}")
 
@@ -124,12 +134,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run(*parse(arguments))
+        with processes():
+            command, overrides = parse(arguments)
+            if world_size() > 1 and not isinstance(command, FitConfig | EvaluateConfig | ReproduceConfig):
+                raise UserError("torchrun is for fit, evaluate and reproduce: start this with python -m train")
+            run(command, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if rank() == 0:
+            print(stop, file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("interrupted before the training began, or twice: nothing more was saved", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from train.config import FitConfig
+from train.distributed import rank, wait
 from train.errors import UserError
 from train.plain import differing_fields, from_plain, to_plain
 from train.training import Training
@@ -19,6 +20,8 @@ KEEP = "It was left as it is: move it away, or choose another --out"
 
 def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> None:
     """Write the whole state of ``training``; at every moment ``path`` is the old file or the new one, never a part.
+
+    Of several processes, all must call it; rank 0 writes, and the others wait until it has.
 
     Args:
         path: the file; a ``.partial`` file beside it is used on the way.
@@ -35,18 +38,24 @@ def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> Non
         "data": data,
         "training": training.state_dict(),
     }
+    if rank() == 0:
+        try:
+            _write(path, content)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"checkpoint {path} cannot be written ({reason}): free space or choose another --out"
+            ) from error
+    wait()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"checkpoint {path} cannot be written ({reason}): free space or choose another --out"
-        ) from error
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -76,7 +85,8 @@ def resume(path: Path, training: Training, data: dict[str, Any]) -> None:
         UserError: as :func:`read_checkpoint`; or the checkpoint is of another configuration or other data.
     """
     content = read_checkpoint(path)
-    differing = differing_fields(content["config"], to_plain(training.config))
+    # read first, so that options which the checkpoint is too old to know have their defaults
+    differing = differing_fields(to_plain(config_of(content, path)), to_plain(training.config))
     if differing:
         raise UserError(
             f"checkpoint {path} is of another configuration ({'; '.join(differing)}). "
@@ -90,6 +100,8 @@ def resume(path: Path, training: Training, data: dict[str, Any]) -> None:
         )
     try:
         training.load_state_dict(content["training"])
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}, or choose another --out") from error
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"checkpoint {path} does not fit this version of the program ({reason}). {KEEP}") from error

@@ -83,7 +83,7 @@ def _summary(results: Results) -> str:
         ours = [_with_spread(best), _with_spread(last), _with_spread(teacher)] if splits else ["not run", "–", "–"]
         numbers = ", ".join(map(str, splits)) or "–"
         table.append([f"`{row.name}`", numbers, *ours, f"{best.printed:.1f}", _signed(best.difference)])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _classes(row: Row, splits: dict[int, dict[str, Scores]]) -> str:
@@ -92,7 +92,7 @@ def _classes(row: Row, splits: dict[int, dict[str, Scores]]) -> str:
     for name, line in lines_of(row, splits, BEST).items():
         ours = [_number(value) for value in (*line.ours, line.mean, line.spread)]
         table.append([name, *ours, f"{line.printed:.1f}", _signed(line.difference)])
-    return _markdown(table)
+    return markdown_table(table)
 
 
 def _write_csv(path: Path, results: Results) -> None:
@@ -108,7 +108,8 @@ def _write_csv(path: Path, results: Results) -> None:
                     writer.writerow([row.name, result, name, len(line.ours), *cells])
 
 
-def _markdown(table: list[list[str]]) -> str:
+def markdown_table(table: list[list[str]]) -> str:
+    """A table whose first row is the heading; numbers to the right."""
     rows = [table[0], ["---", *["---:"] * (len(table[0]) - 1)], *table[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -30,11 +30,11 @@ class DataConfig:
     crop: int = 96
     """Height and width of the training crops, in pixels."""
     labelled_batch: int = 8
-    """Labelled images of each step."""
+    """Labelled images of each step, of all processes together."""
     unlabelled_batch: int = 4
-    """Unlabelled images of each step; each is augmented twice."""
+    """Unlabelled images of each step, of all processes together; each is augmented twice."""
     workers: int = 0
-    """Processes that read images; 0 reads in the training process."""
+    """Processes that read images for each training process; 0 reads there."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class ModelConfig:
     """What the encoder's BatchNorm layers normalise by: batch, as in the paper; or imagenet, for short trainings."""
     train_encoder_norm: bool = False
     """Train scale and shift of the encoder's BatchNorm layers too; the paper freezes them."""
+    sync_batchnorm: bool = False
+    """With several GPUs: BatchNorm of the network over the batches of all; that of the branch has enough pixels."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class MethodConfig:
     """BatchNorm and dropout of the teacher while it labels; the paper leaves it in train mode."""
     memory_rows: int = 256
     """Capacity of the memory, in rows of each class."""
+    memory_sync: Literal["local", "gather", "reduce"] = "gather"
+    """Several processes: gather: all keep all rows. reduce: each its own, means over all. local: each on its own."""
     contrast_dim: int = 256
     """Width of projection, prediction and memory."""
     confidence: float = 0.95
@@ -153,6 +157,8 @@ class OptimConfig:
     """Share of the steps without a better evaluation after which to go back to the best student; 0: never."""
     renewal: int = 0
     """Batches of unlabelled images that renew the BatchNorm statistics of the best student at the end; 0: none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products in network and branch (bfloat16: autocast); weights and losses are float32 in any case."""
     seed: int = 0
     """Seed of the split, the batches, the augmentation and the initial weights."""
 
@@ -183,8 +189,11 @@ class FitConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def check(self) -> None:
+    def check(self, processes: int = 1) -> None:
         """Refuse values that cannot work.
+
+        Args:
+            processes: how many processes share each batch.
 
         Raises:
             UserError: naming the first such option, what was given and what is expected.
@@ -206,10 +215,21 @@ class FitConfig:
                 raise UserError(f"{option} is {value}: give a number above 0")
         if data.workers < 0:
             raise UserError(f"--workers is {data.workers}: give 0 or more")
-        # BatchNorm of the image-pooling branch sees one value per image and channel
         for option, size in (("--labelled-batch", data.labelled_batch), ("--unlabelled-batch", data.unlabelled_batch)):
-            if size < 2 and not (option == "--unlabelled-batch" and method.method == "supervised"):
-                raise UserError(f"{option} is {size}: BatchNorm needs at least 2 images in a batch")
+            if option == "--unlabelled-batch" and method.method == "supervised":
+                continue
+            if size % processes:
+                raise UserError(
+                    f"{option} is {size}, which {processes} processes cannot share equally: give a multiple of "
+                    f"{processes}, or another --nproc-per-node"
+                )
+            # BatchNorm of the image-pooling branch sees one value per image and channel
+            if size < 2 or (size // processes < 2 and not self.model.sync_batchnorm):
+                shared = f" for {processes} processes" if processes > 1 else ""
+                raise UserError(
+                    f"{option} is {size}{shared}: BatchNorm needs at least 2 images in a batch"
+                    + (" of a process, or --sync-batchnorm" if shared else "")
+                )
         if not 0 <= method.confidence < 1:
             raise UserError(f"--confidence is {method.confidence}: give a probability, at least 0 and below 1")
         if not 0 <= optim.ema <= 1:

@@ -60,8 +60,9 @@ def _measure(training: Training, labelled: Batch, unlabelled: Batch | None) -> t
     strong_features.requires_grad_()
 
     def contrast() -> None:
-        branch.remember(teacher_features, logits, labels, teacher=teacher.branch)
-        loss: Tensor = branch(features, labels) + branch(strong_features, pseudo)
+        with teacher.autocast():
+            branch.remember(teacher_features, logits, labels, teacher=teacher.branch)
+            loss: Tensor = branch(features, labels) + branch(strong_features, pseudo)
         loss.backward()
 
     return step, _seconds(contrast), look

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
-from train.errors import UserError
+from train.config import DataConfig, FitConfig, MethodConfig
 from train.evaluate import percent
 from train.loop import fit
+from train.recipe import short_recipe
 from train.report import RunResult, write_report
 from train.session import open_session
 
@@ -44,40 +44,12 @@ TITLES = {
 
 def demo_configs(demo: DemoConfig) -> dict[str, FitConfig]:
     """Configurations of the runs by key. They differ in the method, and the reference in the share of labels."""
-    if demo.steps < 30:
-        raise UserError(f"--steps is {demo.steps}: the demo needs at least 30 for its warm-ups to fit in")
-    base = FitConfig(
-        DataConfig(labelled=demo.labelled, crop=64, labelled_batch=8, unlabelled_batch=4),
-        # The encoder is cut at stride 16 and the head is narrow, for CPUs; a tile has 6 x 6 pixels there.
-        ModelConfig(
-            pretrained=demo.pretrained,
-            encoder_maps=(1, 3),
-            atrous_rates=(1, 2, 3),
-            aspp_channels=64,
-            skip_channels=32,
-            decoder_channels=64,
-            aspp_dropout=0.1,
-            decoder_dropout=0.1,
-            # Two hundred tiles and a few hundred steps are too few to settle the statistics of all layers.
-            encoder_statistics="imagenet",
-            train_encoder_norm=True,
-        ),
-        # The warm-ups last a larger share of so short a training than in the paper, and the teacher is less sure.
-        MethodConfig(
-            ramp=demo.steps // 3,
-            memory_start=demo.steps // 6,
-            contrast_start=demo.steps // 4,
-            contrast_dim=128,
-            confidence=0.8,
-            class_weights=False,  # snow, a thousandth of the pixels, would weigh as much as all the rest
-        ),
-        OptimConfig(steps=demo.steps, optimizer="adamw", lr=5e-4, weight_decay=0.01, ema=0.99, seed=demo.seed),
-        RunConfig(
-            device=demo.device,
-            log_every=5,
-            evaluate_every=max(1, demo.steps // 6),
-            checkpoint_every=max(1, demo.steps // 6),
-        ),
+    base = short_recipe(demo.steps, demo.seed, demo.device, demo.pretrained)
+    base = replace(
+        base,
+        data=replace(base.data, labelled=demo.labelled),
+        # snow, a thousandth of the pixels, would weigh as much as all the rest
+        method=replace(base.method, class_weights=False),
     )
 
     def run(key: str, method: MethodConfig, data: DataConfig) -> FitConfig:

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from train.checkpoint import config_of, read_checkpoint
 from train.data import SegmentationDataset, open_dataset
+from train.distributed import rank, world_size
 from train.errors import UserError
 from train.models import Learner, resize
 from train.step import to_float
@@ -44,14 +45,15 @@ def predict(learner: Learner, image: Tensor, size: tuple[int, int] | None = None
 def evaluate(learner: Learner, dataset: SegmentationDataset, device: torch.device | str = "cpu") -> Scores:
     """Evaluate on whole images, one at a time, single scale; the mean is over all classes that occur.
 
-    Neither the network nor any random state is changed.
+    Of several processes, which must all call it, each evaluates a part, and all get the scores of the whole. Neither
+    the network nor any random state is changed.
     """
     matrix = MulticlassConfusionMatrix(len(dataset.classes), ignore_index=dataset.ignore_index).to(device)
-    for index in range(len(dataset)):
+    for index in range(rank(), len(dataset), world_size()):
         image, mask = dataset[index]
         prediction = predict(learner, image.to(device), (mask.shape[0], mask.shape[1]))
         matrix.update(prediction, mask.to(device))
-    return scores_of(matrix.compute(), dataset.classes)
+    return scores_of(matrix.compute(), dataset.classes)  # of all ranks: torchmetrics adds them up
 
 
 def scores_of(confusion: Tensor, classes: tuple[str, ...]) -> Scores:

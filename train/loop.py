@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from train.checkpoint import save_checkpoint
 from train.config import FitConfig
+from train.distributed import any_rank, join, launcher, mean_over_ranks, rank, wait
 from train.errors import UserError
 from train.evaluate import Scores, evaluate
 from train.interrupt import CatchInterrupt, Interrupted
@@ -28,36 +30,42 @@ def fit(config: FitConfig) -> dict[str, Scores]:
     """Train until ``config.optim.steps``, from the checkpoint in ``config.run.out`` if there is one.
 
     Returns:
-        scores on the validation set of ``student`` and, unless the method is ``supervised``, ``teacher`` after the
-        last step; and of the best of all evaluations of the student.
+        on every rank, scores on the validation set of ``student`` and, unless the method is ``supervised``,
+        ``teacher`` after the last step; and of the best of all evaluations of the student.
 
     Raises:
         UserError: options, data or a checkpoint that cannot be used; a loss that is not finite.
         Interrupted: on SIGINT, after the step was finished and saved.
     """
+    join()
     session = open_session(config)
     if session.training.step >= config.optim.steps:
         return evaluate_all(session) | best_logged(session)
+    log = None
     try:
-        config.run.out.mkdir(parents=True, exist_ok=True)
-        write_config(config)
-        log = MetricsLog(config.run.out, session.training.step)
+        if rank() == 0:
+            config.run.out.mkdir(parents=True, exist_ok=True)
+            write_config(config)
+            log = MetricsLog(config.run.out, session.training.step)
     except OSError as error:
         raise UserError(f"run folder {config.run.out} cannot be written ({error}): choose another --out") from error
+    wait()
     try:
         with CatchInterrupt() as interrupt:
             return _loop(session, log, interrupt)
     finally:
-        log.close()
+        if log is not None:
+            log.close()
 
 
-def _loop(session: Session, log: MetricsLog, interrupt: CatchInterrupt) -> dict[str, Scores]:
+def _loop(session: Session, log: MetricsLog | None, interrupt: CatchInterrupt) -> dict[str, Scores]:
     training, classes, batches = session.training, session.validation.classes, session.batches()
     run, steps = training.config.run, training.config.optim.steps
     scores: dict[str, Scores] = {}
     selection = Selection(read_metrics(run.out), training.config.optim.restart_after * steps)
     slow = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no new line every half second
-    with tqdm(total=steps, initial=training.step, desc=run.out.name, unit="step", mininterval=slow) as progress:
+    bar = {"total": steps, "initial": training.step, "unit": "step", "mininterval": slow, "disable": rank() > 0}
+    with tqdm(desc=run.out.name, **bar) as progress:
         while training.step < steps:
             start = time.perf_counter()
             losses = training_step(training, *next(batches))
@@ -71,15 +79,16 @@ def _loop(session: Session, log: MetricsLog, interrupt: CatchInterrupt) -> dict[
             if last or training.step % run.evaluate_every == 0:
                 scores = evaluate_all(session)
                 numbers |= score_numbers(scores) | select(session, selection, scores["student"])
-            if numbers:
+            if numbers and log is not None:
                 log.write(training.step, numbers)
-            if last or interrupt.requested or training.step % run.checkpoint_every == 0:
+            interrupted = any_rank(interrupt.requested) and not last
+            if last or interrupted or training.step % run.checkpoint_every == 0:
                 save_checkpoint(session.checkpoint, training, session.data)
             progress.update()
-            if interrupt.requested and not last:
+            if interrupted:
                 raise Interrupted(
                     f"interrupted after step {training.step} of {steps}, saved in {session.checkpoint}; to go on, "
-                    f"run the same command again: {shlex.join(['python', '-m', 'train', *sys.argv[1:]])}"
+                    f"run the same command again: {shlex.join([*launcher(), '-m', 'train', *sys.argv[1:]])}"
                 )
     return scores | best_logged(session)
 
@@ -108,17 +117,18 @@ def best_logged(session: Session) -> dict[str, Scores]:
 
 
 def log_numbers(training: Training, losses: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, float]:
-    """Losses, learning rate and fill of the memory as numbers. Only here does the training wait for the device.
+    """Losses, learning rate and fill of the memory as numbers, over all ranks. Only here does it wait for the device.
 
     Raises:
         UserError: the loss is not finite.
     """
-    numbers = {f"loss/{name}": float(loss) for name, loss in losses.items()}
-    if not torch.isfinite(losses["total"]):
+    values = mean_over_ranks(torch.stack(list(losses.values()))).tolist()
+    numbers = {f"loss/{name}": loss for name, loss in zip(losses, values, strict=True)}
+    if not math.isfinite(numbers["loss/total"]):
         raise UserError(f"the loss is {numbers['loss/total']} after step {training.step}: try a lower --lr")
     numbers["schedule/lr"] = float(training.schedule.get_last_lr()[0])
     if training.learner.branch is not None:
-        fill = training.learner.branch.memory.fill.tolist()
+        fill = mean_over_ranks(training.learner.branch.memory.fill).tolist()
         numbers |= {f"memory_fill/{name}": share for name, share in zip(classes, fill, strict=True)}
     return numbers
 

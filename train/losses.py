@@ -1,6 +1,8 @@
-"""The losses on logits: cross-entropy on labels, cross-entropy on pseudo-labels, entropy. All are pure functions.
+"""The losses on logits: cross-entropy on labels, cross-entropy on pseudo-labels, entropy.
 
-Each of them is a zero that is connected to the graph where no pixel takes part.
+Each of them is a zero that is connected to the graph where no pixel takes part. With several processes, all of which
+must call them, sums are divided by the mean over the ranks of what one process would divide by: the mean over the ranks
+of the results is then the loss of the whole batch, however many pixels take part on each.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from train.distributed import mean_over_ranks
 
 
 def supervised_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, ignore_index: int) -> Tensor:
@@ -25,7 +29,7 @@ def supervised_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, ignor
         a scalar.
     """
     total = F.cross_entropy(logits, labels, class_weights, ignore_index=ignore_index, reduction="sum")
-    weights = _weight_of_label(labels, class_weights, ignore_index).sum()
+    weights = mean_over_ranks(_weight_of_label(labels, class_weights, ignore_index).sum())
     # Without a labelled pixel both sums are zero; any divisor above zero then gives the zero we want.
     return total / torch.where(weights > 0, weights, 1)
 
@@ -71,7 +75,8 @@ def entropy_loss(logits: Tensor, pseudo_labels: Tensor, ignore_index: int) -> Te
     log_probabilities = F.log_softmax(logits, dim=1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(1) / math.log(logits.shape[1])
     valid = pseudo_labels != ignore_index
-    return torch.where(valid, entropy, 0).sum() / valid.sum().clamp_min(1)
+    count = mean_over_ranks(valid.sum())
+    return torch.where(valid, entropy, 0).sum() / torch.where(count > 0, count, 1)
 
 
 def _weight_of_label(labels: Tensor, class_weights: Tensor, ignore_index: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -123,13 +123,31 @@ class Learner(nn.Module):
     Args:
         network: the segmentation network.
         branch: contrast branch on the network's features, or None when nothing is contrasted.
+        precision: of the products inside; weights, statistics and sums are float32 in any case.
     """
 
-    def __init__(self, network: SegmentationModel | DeepLab, branch: ContrastBranch | None = None) -> None:
+    def __init__(
+        self,
+        network: SegmentationModel | DeepLab,
+        branch: ContrastBranch | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
         super().__init__()
         self.network = network
         self.branch = branch
+        self.precision = precision
+
+    def autocast(self) -> torch.autocast:
+        """Context of the learner's precision; needed around calls of the branch alone."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise and segment ``images`` [B, 3, H, W], float in 0..1: logits and features at decoder stride."""
-        return self.network(self.network.normalise(images))
+        """Normalise and segment ``images`` [B, 3, H, W], float in 0..1.
+
+        Returns:
+            logits in float32 and features in the learner's precision, at decoder stride.
+        """
+        with self.autocast():
+            logits, features = self.network(self.network.normalise(images))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), features

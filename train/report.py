@@ -11,10 +11,11 @@ import torch
 from train.config import FitConfig
 from train.cost import ContrastCost, contrast_cost
 from train.data import SegmentationDataset
-from train.evaluate import Scores, percent, predict, scores_table
-from train.figures import colour, draw_curves, draw_memory, draw_predictions
+from train.evaluate import Scores, percent, scores_table
+from train.figures import prediction_row
 from train.logs import Record, read_metrics
 from train.models import Learner
+from train.pictures import draw_curves, draw_memory, draw_page
 from train.session import Session
 
 
@@ -48,13 +49,9 @@ def write_report(out: Path, runs: dict[str, RunResult], learners: dict[str, Lear
     draw_curves(out / "curves.png", records)
     draw_memory(out / "memory.png", runs["contrast"].records, validation.classes)
     columns = ["image", runs["contrast"].title, runs["supervised"].title, "labels"]
-    draw_predictions(
-        out / "predictions.png",
-        columns,
-        [_pictures(validation, index, learners, device) for index in telling_tiles(validation)],
-        validation.classes,
-        validation.palette,
-    )
+    shown = [(learners[name], validation) for name in ("contrast", "supervised")]
+    rows = [prediction_row(shown, index, device) for index in telling_tiles(validation)]
+    draw_page(out / "predictions.png", columns, rows, validation)
     config = session.training.config
     report = out / "report.md"
     report.write_text(
@@ -92,13 +89,6 @@ def telling_tiles(validation: SegmentationDataset, count: int = 6) -> list[int]:
         return float(torch.special.entr(shares).sum())
 
     return sorted(range(len(validation)), key=entropy, reverse=True)[:count]
-
-
-def _pictures(validation: SegmentationDataset, index: int, learners: dict[str, Learner], device: torch.device) -> list:
-    image, mask = validation[index]
-    contrast, supervised = (predict(learners[name], image.to(device)) for name in ("contrast", "supervised"))
-    maps = [colour(classes, validation.palette) for classes in (contrast, supervised, mask)]
-    return [image.permute(1, 2, 0).numpy(), *maps]
 
 
 def _setting(session: Session) -> str:

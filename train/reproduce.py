@@ -10,11 +10,11 @@ from typing import Literal
 from train.command_line import fit_config
 from train.comparison import Results, write_comparison
 from train.config import FitConfig
+from train.distributed import rank
 from train.errors import UserError
 from train.logs import read_metrics
 from train.loop import fit
-from train.plain import same_as_written
-from train.results import logged_scores
+from train.results import finished, logged_scores
 from train.rows import Row, find_row, rows_of_table
 from train.variants import RowOptions, Variant
 
@@ -67,7 +67,7 @@ def reproduce(config: ReproduceConfig, overrides: list[str]) -> Path:
         raise UserError(f"{len(config.split_files)} split files for {len(config.splits)} splits: give one for each")
     plan = {(row, split): _planned(config, overrides, row, split) for row in table for split in config.splits}
     for (row, split), run in plan.items():
-        if row not in chosen or _finished(run):
+        if row not in chosen or finished(run):
             continue
         if config.print_commands:
             print(shlex.join(["python", "-m", "train", "fit", *_row_arguments(config, row, split), *overrides]))
@@ -97,20 +97,14 @@ def _split_file(config: ReproduceConfig, split: int) -> list[str]:
     return ["--split-file", str(files[split])] if split in files else []
 
 
-def _finished(run: FitConfig) -> bool:
-    """Whether the last step was taken, with these options, and evaluated; the data need not be there to know it."""
-    records = read_metrics(run.run.out)
-    done = bool(records) and records[-1]["step"] == run.optim.steps and "miou/student" in records[-1]
-    return done and same_as_written(run)
-
-
 def _compare(config: ReproduceConfig, plan: dict[tuple[Row, int], FitConfig]) -> Path:
     results: Results = {}
     for (row, split), run in plan.items():
         splits = results.setdefault(row, {})
-        if _finished(run):
+        if finished(run):
             splits[split] = logged_scores(read_metrics(run.run.out), tuple(row.target.iou))
     name = "all-labels" if config.all_labels else config.method
     path = config.out / f"table{config.table}-{config.variant}-{name}.md"
-    write_comparison(path, f"Table {config.table}, {name}, variant {config.variant}", results)
+    if rank() == 0:
+        write_comparison(path, f"Table {config.table}, {name}, variant {config.variant}", results)
     return path

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+from train.config import FitConfig
 from train.evaluate import Scores
-from train.logs import Record
+from train.logs import Record, read_metrics
+from train.plain import same_as_written
 
 BEST = "student, best on val"
 """Name of the scores of the evaluation with the highest mean IoU.
@@ -29,6 +31,13 @@ def logged_scores(records: list[Record], classes: tuple[str, ...]) -> dict[str, 
     scores = {network: _scores(evaluated[-1], network, classes) for network in networks}
     students = [(record, name) for record in evaluated for name in ("student", "renewed") if f"miou/{name}" in record]
     return scores | {BEST: _scores(*max(students, key=_miou), classes)}
+
+
+def finished(run: FitConfig) -> bool:
+    """Whether the last step was taken, with these options, and evaluated; the data need not be there to know it."""
+    records = read_metrics(run.run.out)
+    done = bool(records) and records[-1]["step"] == run.optim.steps and "miou/student" in records[-1]
+    return done and same_as_written(run)
 
 
 def _miou(evaluation: tuple[Record, str]) -> float:

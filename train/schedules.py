@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 
+from train.distributed import sum_over_ranks
+
 
 def ema_decay(step: int, steps: int, base: float = 0.995, warmup: float = 10.0) -> float:
     """Share of the teacher kept after ``step`` (from 0) of ``steps``: ``min(1 - 1/(warmup step + 1), m)``.
@@ -58,6 +60,8 @@ class ClassWeights:
         label_batches: batches of labels to count.
         pseudo_batches: window of the pseudo-labels, in batches; 0 counts labels only.
         device: where the counts live; nothing waits for it.
+
+    With several processes, a batch is that of all ranks together, and all must count equally often.
     """
 
     def __init__(
@@ -108,10 +112,9 @@ class ClassWeights:
         self.pseudo.copy_(state["pseudo"])
 
     def _histogram(self, labels: Tensor) -> Tensor:
-        """Pixels of each class [C] int64; labels outside 0..C-1 count nowhere."""
+        """Pixels of each class [C] int64, over all ranks; labels outside 0..C-1 count nowhere."""
         flat = labels.reshape(-1)
         inside = (flat >= 0) & (flat < self.num_classes)
         slots = torch.where(inside, flat, self.num_classes)
-        return torch.zeros(self.num_classes + 1, dtype=torch.int64, device=flat.device).scatter_add_(
-            0, slots, torch.ones_like(slots)
-        )[:-1]
+        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=flat.device)
+        return sum_over_ranks(counts.scatter_add_(0, slots, torch.ones_like(slots))[:-1])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from train.checkpoint import read_checkpoint, save_checkpoint
+from train.distributed import average_statistics
 from train.evaluate import Scores, evaluate
 from train.logs import Record
 from train.session import Session
@@ -74,6 +75,7 @@ def renew(session: Session, batches: int) -> Scores:
     learner.train()
     for (images, _), _ in zip(session.unlabelled_batches(), range(batches), strict=False):
         learner(to_float(images))
+    average_statistics(learner)
     path = session.best_checkpoint.with_name("renewed.pt")
     save_checkpoint(path, replace(training, learner=learner), session.data)
     return evaluate(learner, session.validation, session.device)

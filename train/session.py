@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -16,6 +17,7 @@ from train.data import Batches, SegmentationDataset, open_dataset, split_labelle
 from train.data.camvid import split_labelled_by_sequence
 from train.data.published_splits import read_published_split, read_split, split_by_order
 from train.data.splits import labelled_count
+from train.distributed import rank, seed_rank, world_size
 from train.errors import UserError
 from train.step import Batch
 from train.training import Training, build_training
@@ -55,7 +57,7 @@ class Session:
         return self.training.config.run.out / BEST_CHECKPOINT
 
     def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
-        """Labelled and unlabelled batches on the device, from the current step on, without end."""
+        """This rank's part of labelled and unlabelled batches, on the device, from the current step on, without end."""
         labelled = self._labelled_batches()
         if self.training.config.method.method == "supervised":
             yield from ((batch, None) for batch in labelled)
@@ -82,9 +84,8 @@ class Session:
         self, data: SegmentationDataset, indices: list[int], name: str, size: int, start: int
     ) -> Iterator[Batch]:
         config = self.training.config
-        stream = Batches(
-            data, indices, size, config.data.crop, config.optim.seed, name, start, workers=config.data.workers
-        )
+        crop, seed, workers = config.data.crop, config.optim.seed, config.data.workers
+        stream = Batches(data, indices, size, crop, seed, name, start, workers, rank(), world_size())
         for images, masks in stream:
             yield images.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True)
 
@@ -95,7 +96,7 @@ def open_session(config: FitConfig) -> Session:
     Raises:
         UserError: options, data or a checkpoint that cannot be used.
     """
-    config.check()
+    config.check(world_size())
     device = choose_device(config.run.device)
     places = config.data.root, config.data.scale
     train, validation = (open_dataset(config.data.dataset, split, *places) for split in ("train", "val"))
@@ -108,6 +109,7 @@ def open_session(config: FitConfig) -> Session:
             f"lower --labelled, or use --method supervised"
         )
     training = build_training(config, len(train.classes), train.ignore_index, len(labelled), len(unlabelled), device)
+    seed_rank(config.optim.seed)
     # to resume with other images would not be to resume
     data = {
         "classes": list(train.classes),
@@ -140,13 +142,19 @@ def choose_labelled(train: SegmentationDataset, data: DataConfig, seed: int) -> 
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: CUDA, else MPS, else the CPU; otherwise the device of that name.
+    """``auto``: CUDA, else MPS, else the CPU; otherwise the device of that name. Of several processes, each has a GPU.
 
     Raises:
-        UserError: there is no such device.
+        UserError: there is no such device, or a single one for several processes.
     """
+    alone = world_size() == 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = alone and torch.backends.mps.is_available()  # its tensors cannot be exchanged
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not alone and name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name} cannot be shared by {world_size()} processes: give cuda, or cpu")
+    if not alone and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

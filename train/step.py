@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from train.augment import augment
+from train.distributed import average_gradients, average_statistics
 from train.losses import entropy_loss, pseudo_label_loss, supervised_loss
 from train.models import Learner, resize
 from train.schedules import ema_decay, pseudo_ramp
@@ -26,7 +27,8 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
         unlabelled: images, whose labels are not read; None when the method is ``supervised``.
 
     Returns:
-        the weighted losses and their sum ``total`` as detached scalars. Nothing here waits for the device.
+        the weighted losses and their sum ``total`` as detached scalars. Nothing here waits for the device. Of several
+        processes, each gives its part of the batch, and the mean over the ranks is the loss of the whole.
     """
     m, o, i, branch = t.config.method, t.config.optim, t.step, t.learner.branch
     late = i > m.contrast_start
@@ -64,20 +66,23 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     losses["supervised"] = m.supervised_weight * error
 
     # The memory takes what the teacher gets right on the labelled images; all pixels are drawn to their class in it.
-    if branch is not None and i > m.memory_start and target:
-        with torch.no_grad():
-            teacher_logits, teacher_features = t.teacher(images)
-        branch.remember(teacher_features, teacher_logits, labels, teacher=t.teacher.branch)
-    if branch is not None and late:
-        losses["contrast_labelled"] = branch(features, labels)
-        losses["contrast_unlabelled"] = branch(strong_features, pseudo)
+    with t.learner.autocast():
+        if branch is not None and i > m.memory_start and target:
+            with torch.no_grad():
+                teacher_logits, teacher_features = t.teacher(images)
+            branch.remember(teacher_features, teacher_logits, labels, teacher=t.teacher.branch)
+        if branch is not None and late:
+            losses["contrast_labelled"] = branch(features, labels)
+            losses["contrast_unlabelled"] = branch(strong_features, pseudo)
 
     total = torch.stack(list(losses.values())).sum()
     t.optimizer.zero_grad()
     total.backward()
+    average_gradients(t.learner)
     t.optimizer.step()
     t.schedule.step()
     update_teacher(t.teacher, t.learner, ema_decay(i, o.steps, o.ema, o.ema_warmup))
+    average_statistics(t.learner, t.teacher)
     t.step += 1
     return {name: loss.detach() for name, loss in losses.items()} | {"total": total.detach()}
 

@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pixcontrast import ContrastBranch
 from pixcontrast.branch import rows_per_image
+from pixcontrast.distributed import world_size
 from train.augment import STRONG, WEAK, AugmentConfig
 from train.config import FitConfig, MethodConfig
+from train.distributed import gather, rank
+from train.errors import UserError
 from train.models import Learner, SegmentationModel
 from train.networks import MEANS, DeepLab, build_network, load_weights
 from train.optimizer import build_optimizer
@@ -23,7 +27,7 @@ from train.schedules import ClassWeights, from_source, poly_schedule
 
 @dataclass
 class Training:
-    """All that a step reads and changes.
+    """All that a step reads and changes; of several processes, each has one, and networks and optimiser are the same.
 
     Attributes:
         learner: student network with contrast branch; the branch holds the memory.
@@ -51,7 +55,11 @@ class Training:
         return adapts and from_source(step, steps, method.source_steps, method.last_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes, with the state of torch's global random generators."""
+        """Everything that changes, with the state of torch's global random generators.
+
+        Of several processes, which must all call it, that of rank 0 is whole: ``other_ranks`` has what differs there.
+        """
+        own = self._state_of_rank()
         return {
             "step": self.step,
             "learner": self.learner.state_dict(),
@@ -59,21 +67,40 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "class_weights": self.class_weights.state_dict(),
+            "rng_cpu": own["rng_cpu"],
+            "rng_cuda": own["rng_cuda"],
+            "other_ranks": gather(own)[1:],
+        }
+
+    def _state_of_rank(self) -> dict[str, Any]:
+        """What another rank has otherwise: random states and, unless it is gathered, the memory."""
+        state = {
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        if self.learner.branch is not None and self.learner.branch.memory.sync != "gather":
+            state["memory"] = {name: part.cpu() for name, part in self.learner.branch.memory.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``, a result of :meth:`state_dict` with tensors on the CPU."""
+        """Continue from ``state``, a result of :meth:`state_dict` on rank 0 with tensors on the CPU."""
+        others = state.get("other_ranks", [])
+        if len(others) + 1 != world_size():
+            raise UserError(
+                f"the run was trained by {len(others) + 1} processes, this is one of {world_size()}: start as many"
+            )
+        own = state if rank() == 0 else others[rank() - 1]
         self.learner.load_state_dict(state["learner"])
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.class_weights.load_state_dict(state["class_weights"])
         self.step = state["step"]
-        torch.set_rng_state(state["rng_cpu"])
-        if torch.cuda.is_available() and len(state["rng_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        if self.learner.branch is not None and "memory" in own:
+            self.learner.branch.memory.load_state_dict(own["memory"])
+        torch.set_rng_state(own["rng_cpu"])
+        if torch.cuda.is_available() and len(own["rng_cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(own["rng_cuda"])
 
 
 def build_training(
@@ -99,6 +126,10 @@ def build_training(
     """
     torch.manual_seed(config.optim.seed)
     learner = build_learner(config, num_classes, ignore_index, num_labelled).to(device)
+    if config.model.sync_batchnorm and world_size() > 1:
+        if torch.device(device).type != "cuda":
+            raise UserError(f"--sync-batchnorm: PyTorch has it for CUDA, not for {device}; leave it out")
+        learner.network = synchronise_batchnorm(learner.network)
     to_channels_last(learner)
     teacher = copy.deepcopy(learner).requires_grad_(False)
     optimizer = build_optimizer(learner, config.optim)
@@ -118,9 +149,9 @@ def build_learner(config: FitConfig, num_classes: int, ignore_index: int, num_la
     """The network and, for the method ``contrast``, its branch. Arguments as in :func:`build_training`."""
     network = build_segmentation(config, num_classes)
     if config.method.method != "contrast":
-        return Learner(network)
+        return Learner(network, precision=config.optim.precision)
     branch = build_branch(config.method, network.feature_channels, num_classes, ignore_index, num_labelled)
-    return Learner(network, branch)
+    return Learner(network, branch, config.optim.precision)
 
 
 def build_segmentation(config: FitConfig, num_classes: int) -> SegmentationModel | DeepLab:
@@ -137,6 +168,12 @@ def build_segmentation(config: FitConfig, num_classes: int) -> SegmentationModel
     if model.pretrained:
         print(load_weights(network, model.weights), flush=True)
     return network
+
+
+def synchronise_batchnorm(network: nn.Module) -> Any:
+    """``network`` with the same layers, but statistics over the batches of all ranks in training mode."""
+    # torch's own conversion would drop the activation that timm's layers have inside
+    return convert_sync_batchnorm(network)
 
 
 def to_channels_last(module: nn.Module) -> None:
@@ -160,6 +197,7 @@ def build_branch(
         threshold=method.confidence,
         quota=rows_per_image(num_labelled, method.memory_rows, num_classes if method.voc_quota else None),
         loss_weight=method.contrast_weight,
+        sync=method.memory_sync,
     )
 
 

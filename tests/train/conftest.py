@@ -65,10 +65,14 @@ TINY_MODEL = ModelConfig(
 @pytest.fixture
 def tiny(folder: Path, tmp_path: Path) -> FitConfig:
     """All parts of the method begin within the first steps."""
+    return tiny_config(folder, tmp_path / "run")
+
+
+def tiny_config(folder: Path, out: Path) -> FitConfig:
     return FitConfig(
         DataConfig(dataset="folder", root=folder, labelled=6, crop=32, labelled_batch=3, unlabelled_batch=2),
         TINY_MODEL,
         MethodConfig(ramp=4, memory_start=1, contrast_start=2, memory_rows=16, contrast_dim=8, confidence=0.05),
         OptimConfig(steps=8, lr=0.05),
-        RunConfig(out=tmp_path / "run", device="cpu", log_every=1, evaluate_every=4, checkpoint_every=3),
+        RunConfig(out=out, device="cpu", log_every=1, evaluate_every=4, checkpoint_every=3),
     )

@@ -12,6 +12,7 @@ import pytest
 from train.__main__ import EvaluateConfig, MakeDataConfig, main
 from train.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from train.demo import DemoConfig
+from train.figures import FiguresConfig
 from train.reproduce import ReproduceConfig
 from train.variants import RowOptions
 
@@ -21,6 +22,9 @@ TINY = [
     *("--decoder-channels", "8", "--contrast-dim", "8", "--memory-rows", "8", "--memory-start", "1"),
     *("--contrast-start", "2", "--steps", "4", "--device", "cpu"),
 ]
+
+
+POSITIONAL = (EvaluateConfig, MakeDataConfig, FiguresConfig)
 
 
 def test_fit_then_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -96,6 +100,7 @@ def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("fit --row any", (RowOptions,)),
         ("make-data", (MakeDataConfig,)),
         ("reproduce", (ReproduceConfig,)),
+        ("figures", (FiguresConfig,)),
     ],
 )
 def test_help_names_and_explains_every_option(
@@ -107,7 +112,7 @@ def test_help_names_and_explains_every_option(
     assert stop.value.code == 0
     for config in configs:
         for field in fields(config):
-            positional = config in (EvaluateConfig, MakeDataConfig) and field.name in ("checkpoint", "kind", "data")
+            positional = config in POSITIONAL and field.name in ("checkpoint", "kind", "data")
             assert positional or f"--{field.name.replace('_', '-')}" in text
         # an option without a line of explanation would be a field without the string below it
         source = inspect.getsource(config)

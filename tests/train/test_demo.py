@@ -17,7 +17,7 @@ from train.cost import contrast_cost
 from train.data import SegmentationDataset
 from train.demo import DemoConfig, demo_configs, run_demo
 from train.errors import UserError
-from train.figures import IGNORED, colour, smooth
+from train.pictures import colour, smooth
 from train.plain import differing_fields, to_plain
 from train.report import telling_tiles
 from train.session import open_session
@@ -92,8 +92,8 @@ def test_cost_is_measured(tiny: FitConfig):
 
 def test_colours():
     palette = ((1, 2, 3), (4, 5, 6))
-    picture = colour(torch.tensor([[0, 1], [255, 0]]), palette)
-    assert picture.tolist() == [[[1, 2, 3], [4, 5, 6]], [list(IGNORED), [1, 2, 3]]]
+    picture = colour(torch.tensor([[0, 1], [255, 0]]), palette, (7, 8, 9))
+    assert picture.tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]]]
 
 
 def test_smoothing_looks_back_only():

@@ -61,6 +61,26 @@ def test_maps_have_the_size_of_the_papers_setting(name: str, image: tuple[int, i
     assert logits.shape == (2, 19, *expected) and features.shape == (2, network.feature_channels, *expected)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [("deeplab_v2", (64, 41)), ("deeplab_v2_coco", (65, 41)), ("deeplab_v3plus", (128, 81))],
+)
+def test_one_image_of_full_size(name: str, sides: tuple[int, int]):
+    """Once for real, at the crops of Cityscapes and VOC: 512 and 321 pixels."""
+    torch.manual_seed(0)
+    network = build_network(name, 21, VOC).eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_var.fill_(0.05)  # or untrained convolutions would leave nothing of the image
+    for crop, side in zip((512, 321), sides, strict=True):
+        logits, features = network(network.normalise(torch.rand(1, 3, crop, crop)))
+        assert logits.shape == (1, 21, side, side) and features.shape == (1, network.feature_channels, side, side)
+        for what, values in (("logits", logits), ("features", features)):
+            assert values.isfinite().all(), what
+            assert (values.std((2, 3)) > 1e-3).float().mean() > 0.5, what  # the image shows in most channels
+
+
 def test_one_image_of_odd_size_in_evaluation(network: DeepLab):
     image = network.normalise(torch.rand(1, 3, 65, 97).double())
     before = {name: value.clone() for name, value in network.named_buffers()}

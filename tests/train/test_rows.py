@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from train.__main__ import main
 from train.command_line import parse_row
@@ -17,9 +18,13 @@ from train.data import Batches, open_dataset
 from train.data.camvid import split_labelled_by_sequence
 from train.data.published_splits import write_split
 from train.data.scenes import make_scenes
+from train.networks.deeplab_v2 import DeepLabV2
+from train.networks.deeplab_v3plus import DeepLabV3Plus
 from train.rows import rows, rows_of_table
 from train.session import Session, choose_labelled, open_session
 from train.step import training_step
+from train.training import build_learner
+from train.variants import RowOptions, row_config
 
 CITYSCAPES = [
     *("dv2-imagenet/1-30", "dv2-coco/1-30", "dv3plus-imagenet/1-30", "dv2-imagenet/1-15"),
@@ -72,6 +77,30 @@ def test_options_override_the_values_of_a_row():
     assert reference.data.source_root is None and reference.method.method == "supervised"
     with pytest.raises(SystemExit):
         parse_row([*row, "--no-such-option"])
+
+
+@pytest.mark.parametrize("name", rows())
+def test_network_and_branch_of_a_row_at_full_size(name: str):
+    """On the meta device, which has shapes only; `test_networks.py` has those of the maps at these crops."""
+    row = rows()[name]
+    config = row_config(RowOptions(name, Path("folder")))
+    classes = {"cityscapes": 19, "voc": 21}[row.dataset]
+    with torch.device("meta"):
+        model = replace(config.model, pretrained=False)
+        learner = build_learner(replace(config, model=model), classes, 255, row.target.labelled)
+    network, branch = learner.network, learner.branch
+    plus, coco = "dv3plus" in name, "coco" in name
+    assert [len(stage) for stage in network.backbone.children() if isinstance(stage, nn.Sequential)] == (
+        [3, 4, 6, 3] if plus else [3, 4, 23, 3]
+    )
+    assert type(network) is (DeepLabV3Plus if plus else DeepLabV2) and network.bgr == coco
+    assert config.data.crop == {"cityscapes": 512, "voc": 321}[row.dataset]
+    channels = 256 if plus else 2048
+    last = network.classifier if plus else network.classifier.convs[1]
+    assert last.weight.shape[:2] == (classes, channels)
+    assert branch is not None and branch.memory.rows.shape == (classes, 256, 256)
+    assert branch.project.first.weight.shape == (256, channels)
+    assert branch.quota == max(1, round(256 / row.target.labelled))
 
 
 # ---- which images are labelled

@@ -149,3 +149,31 @@ def test_training_learns_the_rectangles(tiny: FitConfig):
     config = replace(with_method(tiny, "supervised"), optim=replace(tiny.optim, steps=60, lr=0.1))
     losses = [step["supervised"].item() for step in run(config, 60)[1]]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_bfloat16_gives_nearly_the_same_losses(tiny: FitConfig):
+    config = replace(tiny, optim=replace(tiny.optim, precision="bfloat16"))
+    t, half = run(config, 6)
+    single = run(tiny, 6)[1]
+    assert t.learner.branch is not None and t.learner.branch.memory.counts.sum() > 0
+    assert all(p.dtype == torch.float32 for p in (*t.learner.parameters(), *t.teacher.parameters()))
+    for step, (losses, expected) in enumerate(zip(half, single, strict=True)):
+        assert losses.keys() == expected.keys()
+        for name, loss in losses.items():
+            assert loss.dtype == torch.float32 and loss.isfinite(), name
+            # later the teacher's labels differ here and there, which is no matter of rounding
+            if step == 0:
+                assert 0 < abs(loss.item() - expected[name].item()) < 0.02 * expected["total"].item(), name
+
+
+def test_training_in_bfloat16_learns_the_rectangles(tiny: FitConfig):
+    optim = replace(tiny.optim, steps=60, lr=0.1, precision="bfloat16")
+    losses = [step["supervised"].item() for step in run(replace(with_method(tiny, "supervised"), optim=optim), 60)[1]]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_features_are_in_the_precision_of_the_learner_and_logits_in_float32(tiny: FitConfig):
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        config = replace(tiny, optim=replace(tiny.optim, precision=precision))
+        logits, features = build_training(config, 3, 255, 6, 6).teacher(torch.rand(2, 3, 32, 32))
+        assert (logits.dtype, features.dtype) == (torch.float32, dtype)

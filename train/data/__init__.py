@@ -37,7 +37,7 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     Args:
         name: ``"landcover"`` (embedded tiles, needs no ``root``), ``"folder"`` (your own, see `SegmentationDataset`) or
             one of `PUBLISHED`.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"`` or, for camvid, ``"test"``.
         root: folder of the data; not for ``"landcover"``.
         scale: factor of the size at which images of `PUBLISHED` are read, see `PairDataset`; labels of ``"val"`` keep
             their size.
@@ -45,8 +45,10 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     Raises:
         UserError: unknown name or split, missing root, a scale that cannot be, or anything wrong with the files.
     """
-    if split not in ("train", "val"):
-        raise UserError(f"unknown split '{split}': expected 'train' or 'val'")
+    if split not in ("train", "val", "test"):
+        raise UserError(f"unknown split '{split}': expected 'train', 'val' or 'test'")
+    if split == "test" and name != "camvid":
+        raise UserError(f"data set '{name}' has no split 'test': expected 'train' or 'val'; camvid has one")
     if name not in ("landcover", "folder", *PUBLISHED):
         known = ", ".join(f"'{published}'" for published in PUBLISHED)
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,9 +37,11 @@ class Batches:
         stream: name of this sequence of batches, such as ``"labelled"``; other names give independent sequences.
         start: number of the first batch, for resuming.
         workers: loader processes; 0 reads in this process. The batches are the same.
+        rank, world_size: give part ``rank`` of ``world_size`` equal parts of each batch, for several processes.
 
     Raises:
-        UserError: no indices, or a batch or crop size below 1; while iterating, what reading an item raises.
+        UserError: no indices, a batch or crop size below 1, or a batch without equal parts; while iterating, what
+            reading an item raises.
     """
 
     def __init__(
@@ -51,12 +54,20 @@ class Batches:
         stream: str,
         start: int = 0,
         workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         if not indices:
             raise UserError(f"no images for the {stream} batches: use more images or another labelled fraction")
         if batch_size < 1 or min(self.crop_size) < 1:
             raise UserError(f"batch size {batch_size} and crop size {crop_size}: expected at least 1 each")
+        if batch_size % world_size:
+            raise UserError(
+                f"{world_size} processes cannot share {stream} batches of {batch_size} images equally: give a multiple "
+                f"of {world_size}, or start another number of processes"
+            )
+        self.rank, self.part = rank, batch_size // world_size
         self.dataset = dataset
         self.indices = list(indices)
         self.batch_size = batch_size
@@ -65,12 +76,16 @@ class Batches:
         self.key = (seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(stream.encode()))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images uint8 ``[B, 3, h, w]`` and masks int64 ``[B, h, w]`` of batch ``start``, ``start + 1``, ..."""
+        """Yield images uint8 ``[B, 3, h, w]`` and masks int64 ``[B, h, w]`` of batch ``start``, ``start + 1``, ...
+
+        With several processes, B is the size of the part.
+        """
         loader: DataLoader[Any] = DataLoader(
             _Crops(self.dataset, self.crop_size, self.key),
             batch_sampler=_BatchSampler(self),
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_leave_interrupts,
             generator=torch.Generator(),  # otherwise the loader draws its base seed from the global generator
         )
         for batch in loader:
@@ -79,7 +94,7 @@ class Batches:
             yield batch
 
     def samples(self, number: int) -> list[Sample]:
-        """The samples of batch ``number``."""
+        """The samples of (this rank's part of) batch ``number``."""
         n, size = len(self.indices), self.batch_size
         if n >= size:
             epoch, batch_of_epoch = divmod(number, n // size)
@@ -87,7 +102,8 @@ class Batches:
         else:
             repeats = -(-size // n)
             order = [index for r in range(repeats) for index in self._permutation(number * repeats + r)][:size]
-        return [(number * size + position, index) for position, index in enumerate(order)]
+        samples = [(number * size + position, index) for position, index in enumerate(order)]
+        return samples[self.rank * self.part : (self.rank + 1) * self.part]
 
     def _permutation(self, epoch: int) -> list[int]:
         generator = np.random.default_rng([*self.key, ORDER, epoch])
@@ -129,6 +145,11 @@ class _Crops(Dataset[Any]):
         left = int(generator.integers(mask.shape[1] - width + 1))
         window = (..., slice(top, top + height), slice(left, left + width))
         return image[window], mask[window]
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the loader processes too, but the step that it ends still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list[Any]) -> tuple[Tensor, Tensor] | UserError:

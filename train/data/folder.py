@@ -67,6 +67,11 @@ class SegmentationDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def ignore_colour(self) -> tuple[int, int, int]:
+        """RGB of ignored pixels in pictures: black, or white where a class is black, as the background of VOC is."""
+        return (255, 255, 255) if (0, 0, 0) in self.palette else (0, 0, 0)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Item ``index``: image uint8 ``[3, H, W]`` (RGB) and mask int64 ``[H, W]``, both yours to change.
 
