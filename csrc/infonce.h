@@ -16,8 +16,9 @@
 namespace pixcontrast {
 
 struct InfoNCE {
-  at::Tensor anchors;  // [R, D] float32 or float64, contiguous
-  at::Tensor labels;   // [R] int64; an anchor with a label outside [0, C) takes no part (below 0 without queue)
+  at::Tensor anchors;           // [R, D] float32 or float64, contiguous
+  at::ScalarType feature_type;  // that they came in
+  at::Tensor labels;  // [R] int64; an anchor with a label outside [0, C) takes no part (below 0 without queue)
   std::vector<at::Tensor> queues;  // [C, N_q, D] each, any float dtype, contiguous; none: anchors against each other
   std::vector<at::Tensor> counts;  // [C] int64 each: valid rows, first in the queue
   at::Tensor excluded;  // [R] int64 or undefined: a key of the own class that is no positive (-1: none), counted

@@ -1,6 +1,7 @@
 // The keys are streamed in tiles, so no number is kept for a pair of anchor and key. Negatives come first, with a
 // running maximum and rescaled sums; then each anchor's own class, when the sum over its negatives is known. Loss and
-// gradient come out of the one stream: two products of anchors and keys each, by the library.
+// gradient come out of the one stream: two products of anchors and keys each, by the library or, in bfloat16, by hand:
+// the library either rounds z to bfloat16 or takes no less time than in float32.
 //
 // Threads share nothing while they stream: the work is cut into blocks of anchors times parts of the keys,
 // and the sums of the parts are added in a fixed order.
@@ -15,6 +16,7 @@
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "infonce.h"
+#include "infonce_tile.h"
 
 namespace pixcontrast {
 namespace {
@@ -23,15 +25,12 @@ using at::Tensor;
 
 constexpr int64_t kBlockAnchors = 256;        // anchors of a task
 constexpr int64_t kTileNumbers = 1 << 17;     // anchors x keys in a tile: half a MiB of float32, for the L2 of a core
+constexpr int64_t kBf16Anchors = 64;          // the same in bfloat16: 64 KiB, beside 256 KiB of keys in
+constexpr int64_t kBf16Keys = 256;            // both layouts
 constexpr int64_t kMostParts = 32;            // of the keys
 constexpr int64_t kPartialNumbers = 1 << 21;  // in the sums of all parts: 8 MiB of float32, twice
 constexpr int64_t kPanelNumbers = 1 << 22;    // anchors x anchors at a time: 16 MiB of float32
 
-// A half-open range of anchors.
-struct Range {
-  int64_t first, last;
-  int64_t size() const { return std::max<int64_t>(last - first, 0); }
-};
 Range common(Range a, Range b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
 
 template <class A>
@@ -49,6 +48,11 @@ class Stream {
     count_ = static_cast<int64_t>(order_.size());
     dim_ = args.anchors.size(1);
     anchors_ = args.anchors.index_select(0, at::tensor(order_, at::kLong));
+    const auto is_bf16 = [](const Tensor& queue) { return queue.scalar_type() == at::kBFloat16; };
+    if (cpu::has_bf16() && args.feature_type == at::kBFloat16 &&
+        std::all_of(args.queues.begin(), args.queues.end(), is_bf16)) {
+      bf16_ = bf16_rows(anchors_);
+    }
     loss_.assign(count_, 0);
     positives_.assign(count_, 0);
   }
@@ -68,8 +72,9 @@ class Stream {
   struct Sums {
     A largest = -std::numeric_limits<A>::infinity();  // maximum of z over the negatives
     A total = 0;                                      // sum over the negatives of e^(z - largest)
+    A weights = 0;                                    // the same of the rounded numbers that keys were multiplied by
     A softplus = 0;                                   // sum over the positives of l_ij - z_ij
-    A sigmoids = 0;                                   // sum over the positives of s_ij
+    A sigmoids = 0;                                   // sum over the positives of s_ij, rounded likewise
     int64_t positives = 0;
   };
 
@@ -144,74 +149,78 @@ class Stream {
     int64_t total = 0;
     for_classes([&](const Tensor&, int64_t, int64_t valid) { total += valid; });
     const Range mine{total * part.number / part.of, total * (part.number + 1) / part.of};
-    const int64_t most = std::max<int64_t>(64, kTileNumbers / std::max<int64_t>(block.size(), 1));
+    const int64_t most =
+        bf16_.defined() ? kBf16Keys : std::max<int64_t>(64, kTileNumbers / std::max<int64_t>(block.size(), 1));
     std::vector<int64_t> before(args_.queues[0].size(0));
     int64_t passed = 0;
     for_classes([&](const Tensor& queue, int64_t c, int64_t valid) {
       const int64_t end = std::min(mine.last - passed, valid);
       for (int64_t first = std::max<int64_t>(mine.first - passed, 0); first < end; first += most) {
-        const int64_t keys = std::min(most, end - first);
-        body(queue[c].narrow(0, first, keys).to(anchors_.scalar_type()), c, before[c] + first);
+        body(queue[c].narrow(0, first, std::min(most, end - first)), c, before[c] + first);
       }
       before[c] += valid;
       passed += valid;
     });
   }
 
-  // Products <x_i, k_j> of anchors and keys, [anchors, k], in `room`.
-  Tensor products(Range anchors, const Tensor& keys, Tensor& room) const {
-    const int64_t numbers = anchors.size() * keys.size(0);
-    if (!room.defined() || room.numel() < numbers) room = at::empty({numbers}, anchors_.options());
-    Tensor z = room.narrow(0, 0, numbers).view({anchors.size(), keys.size(0)});
-    return at::mm_out(z, anchors_.narrow(0, anchors.first, anchors.size()), keys.t());
-  }
-
   void stream_negatives(Range block, Part part, Sums* sums, Tensor away) const {
-    Tensor room;
+    KeyTile<A> tile(anchors_, bf16_);
     A* const row = away.defined() ? away.data_ptr<A>() : nullptr;
     for_tiles(block, part, [&](const Tensor& keys, int64_t c, int64_t) {
+      tile.load(keys);
       const Range own = common(block, of_class(c));
-      // A few anchors of the class itself are multiplied in vain: thin products are slower.
-      const bool whole = 4 * own.size() <= block.size();
+      // A few anchors of the class itself are multiplied in vain: thin products of the library are slower.
+      const bool whole = !bf16_.defined() && 4 * own.size() <= block.size();
       const Range before = whole ? block : common(block, {0, own.first}),
-                  behind = {own.last, whole ? own.last : block.last};
-      for (const Range anchors : {before, behind}) {
-        if (anchors.size() == 0) continue;
-        const Tensor z = products(anchors, keys, room);
-        const int64_t columns = keys.size(0);
-        for (int64_t i = anchors.first; i < anchors.last; ++i) {
-          A* const z_i = z.data_ptr<A>() + (i - anchors.first) * columns;
-          if (i >= own.first && i < own.last) {
-            std::fill_n(z_i, columns, A(0));
-          } else {
-            add_negatives(z_i, columns, sums[i], row ? row + i * dim_ : nullptr);
+                  behind = common(block, {own.last, whole ? own.last : block.last});
+      for (const Range side : {before, behind}) {
+        for_some(side, [&](Range anchors) {
+          tile.multiply(anchors);
+          for (int64_t i = anchors.first; i < anchors.last; ++i) {
+            if (i >= own.first && i < own.last) {
+              std::fill_n(tile.row(i), tile.columns, A(0));
+            } else {
+              add_negatives(tile.row(i), tile.columns, sums[i], row ? row + i * dim_ : nullptr, &tile);
+            }
           }
-        }
-        if (row) away.narrow(0, anchors.first, anchors.size()).addmm_(z, keys);
+          if (row) tile.accumulate(away);
+        });
       }
     });
   }
 
-  // z [columns] become e^(z/T - largest); what was summed under a smaller maximum is scaled down.
-  void add_negatives(A* z, int64_t columns, Sums& sums, A* away) const {
+  // Calls body(anchors) for the anchors of a range, with no more at a time than is good for the products.
+  template <class Body>
+  void for_some(Range range, const Body& body) const {
+    const int64_t most = bf16_.defined() ? kBf16Anchors : kBlockAnchors;
+    for (; range.size() > 0; range.first += most) body(Range{range.first, std::min(range.first + most, range.last)});
+  }
+
+  // z [columns] become e^(z/T - largest); what was summed under a smaller maximum is scaled down. With a tile, they are
+  // rounded as it weighs keys with them.
+  void add_negatives(A* z, int64_t columns, Sums& sums, A* away, const KeyTile<A>* tile = nullptr) const {
     const A top = kernels_.largest(z, columns) * inverse_temperature_;
     if (top > sums.largest) {
       const A scale = sums.total > 0 ? std::exp(sums.largest - top) : A(0);
       sums.total *= scale;
+      sums.weights *= scale;
       if (away) kernels_.combine(A(0), away, scale, away, dim_, false, away, A(0), nullptr);
       sums.largest = top;
     }
-    sums.total += kernels_.exponentials(z, columns, inverse_temperature_, sums.largest);
+    const A added = kernels_.exponentials(z, columns, inverse_temperature_, sums.largest);
+    sums.total += added;
+    sums.weights += tile && away ? tile->round(z, added) : added;
   }
 
   // The sums of all parts under the one maximum go to the first part's place; its largest and total to every part's.
   void merge_negatives(int64_t i, int64_t parts, std::vector<Sums>& sums, const Tensor& away) const {
-    A largest = -std::numeric_limits<A>::infinity(), total = 0;
+    A largest = -std::numeric_limits<A>::infinity(), total = 0, weights = 0;
     for (int64_t p = 0; p < parts; ++p) largest = std::max(largest, sums[p * count_ + i].largest);
     for (int64_t p = 0; p < parts; ++p) {
       Sums& part = sums[p * count_ + i];
       const A scale = part.total > 0 ? std::exp(part.largest - largest) : A(0);
       total += part.total * scale;
+      weights += part.weights * scale;
       if (!away.defined()) continue;
       A* const first = away.data_ptr<A>() + i * dim_;
       A* const mine = first + p * count_ * dim_;
@@ -220,20 +229,23 @@ class Stream {
     for (int64_t p = 0; p < parts; ++p) {
       sums[p * count_ + i].largest = largest;
       sums[p * count_ + i].total = total;
+      sums[p * count_ + i].weights = weights;
     }
   }
 
   void stream_positives(Range block, Part part, Sums* sums, Tensor towards) const {
-    Tensor room;
+    KeyTile<A> tile(anchors_, bf16_);
     for_tiles(block, part, [&](const Tensor& keys, int64_t c, int64_t place) {
-      const Range anchors = common(block, of_class(c));
-      if (anchors.size() == 0) return;
-      const Tensor z = products(anchors, keys, room);
-      const int64_t columns = keys.size(0);
-      for (int64_t i = anchors.first; i < anchors.last; ++i) {
-        add_positives(z.data_ptr<A>() + (i - anchors.first) * columns, columns, excluded(i) - place, sums[i]);
-      }
-      if (towards.defined()) towards.narrow(0, anchors.first, anchors.size()).addmm_(z, keys);
+      const Range own = common(block, of_class(c));
+      if (own.size() == 0) return;
+      tile.load(keys);
+      for_some(own, [&](Range anchors) {
+        tile.multiply(anchors);
+        for (int64_t i = anchors.first; i < anchors.last; ++i) {
+          add_positives(tile.row(i), tile.columns, excluded(i) - place, sums[i], towards.defined() ? &tile : nullptr);
+        }
+        if (towards.defined()) tile.accumulate(towards);
+      });
     });
   }
 
@@ -241,8 +253,8 @@ class Stream {
     return args_.excluded.defined() ? args_.excluded.const_data_ptr<int64_t>()[order_[i]] : -1;
   }
 
-  // z [columns] become s_ij; place `skipped` is no positive.
-  void add_positives(A* z, int64_t columns, int64_t skipped, Sums& sums) const {
+  // z [columns] become s_ij, rounded like those of add_negatives; place `skipped` is no positive.
+  void add_positives(A* z, int64_t columns, int64_t skipped, Sums& sums, const KeyTile<A>* tile = nullptr) const {
     const bool skips = skipped >= 0 && skipped < columns;
     sums.positives += columns - skips;
     if (sums.total == 0) {  // no negatives: the loss is 0 whatever the positives are
@@ -252,9 +264,10 @@ class Stream {
     const A away = sums.largest + std::log(sums.total);
     if (skips) z[skipped] = std::numeric_limits<A>::max() / 4 * args_.temperature;
     A softplus = 0;
-    sums.sigmoids += kernels_.positives(z, columns, inverse_temperature_, away, &softplus);
+    const A added = kernels_.positives(z, columns, inverse_temperature_, away, &softplus);
     sums.softplus += softplus;
     if (skips) z[skipped] = 0;
+    sums.sigmoids += tile ? tile->round(z, added) : added;
   }
 
   void merge_positives(int64_t parts, const std::vector<Sums>& sums, const Tensor& away, const Tensor& towards) {
@@ -270,8 +283,8 @@ class Stream {
     const std::vector<A> scale = scales();
     for_anchors([&](int64_t i) {
       A* const grad = grad_.data_ptr<A>() + i * dim_;
-      if (sums[i].total > 0) {
-        kernels_.accumulate(scale[i] * sigmoids[i] / sums[i].total, away.data_ptr<A>() + i * dim_, dim_, grad);
+      if (sums[i].total > 0) {  // weights of negatives and of positives add up to the same, rounded or not
+        kernels_.accumulate(scale[i] * sigmoids[i] / sums[i].weights, away.data_ptr<A>() + i * dim_, dim_, grad);
       }
       for (int64_t p = 0; p < parts; ++p) {
         kernels_.accumulate(-scale[i], towards.data_ptr<A>() + (p * count_ + i) * dim_, dim_, grad);
@@ -285,10 +298,11 @@ class Stream {
     for (int64_t i = 0; i < count_; ++i) positives_[i] = of_class(label_[i]).size() - 1;
     const std::vector<A> scale = scales();
     const int64_t height = std::clamp<int64_t>(kPanelNumbers / std::max<int64_t>(count_, 1), 1, kPanelNumbers);
-    Tensor room;
+    const Tensor room = at::empty({std::min(height, count_), count_}, anchors_.options());
     for (int64_t first = 0; first < count_; first += height) {
       const Range panel{first, std::min(first + height, count_)};
-      const Tensor z = products(panel, anchors_, room);
+      Tensor z = room.narrow(0, 0, panel.size());
+      at::mm_out(z, anchors_.narrow(0, panel.first, panel.size()), anchors_.t());
       at::parallel_for(panel.first, panel.last, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) contrast_row(z.data_ptr<A>() + (i - first) * count_, i, scale[i]);
       });
@@ -362,6 +376,7 @@ class Stream {
   int64_t count_, dim_;                 // V anchors that take part, sorted by class; D
   std::vector<int64_t> order_, label_;  // [V] place in the caller's list, class
   Tensor anchors_, grad_;               // [V, D]
+  Tensor bf16_;                         // the anchors once more, if all is bfloat16 and the processor multiplies that
   std::vector<double> loss_;            // [V] sum over positives of l_ij - z_ij
   std::vector<int64_t> positives_;      // [V] P_i
 };

@@ -33,6 +33,7 @@ Result on_cpu(const Tensor& features, const Tensor& index, InfoNCE& args) {
   TORCH_CHECK_VALUE(index.numel() == 0 || index.max().item<int64_t>() < layout_of(features).pixels, "index beyond the ",
                     layout_of(features).pixels, " pixels");
   args.labels = at::where(index < 0, -1, args.labels).contiguous();
+  args.feature_type = features.scalar_type();
   args.anchors =
       at::zeros({index.numel(), features.size(1)},
                 features.options().dtype(accumulation(features)).memory_format(at::MemoryFormat::Contiguous));

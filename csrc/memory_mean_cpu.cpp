@@ -14,6 +14,7 @@ namespace pixcontrast {
 namespace {
 
 constexpr int64_t kBlock = 128;  // rows that one task sums up
+constexpr int64_t kAtOnce = 4;   // of them, read and then added together
 
 template <class T>
 int64_t valid_rows(const MemoryMean<T>& args, int64_t c) {
@@ -64,14 +65,11 @@ void memory_mean_cpu(const MemoryMean<T>& args) {
   cpu::Pieces(args.classes * blocks, args.classes * blocks, 1).run([&](int64_t task, int64_t, int64_t) {
     const int64_t c = task / blocks, first = task % blocks * kBlock;
     const int64_t last = std::min(first + kBlock, valid_rows(args, c));
-    cpu::RowBuffer<T> buffer(args.dim);
-    for (int64_t j = first; j < last; ++j) {
-      const A* row = buffer.read(args.queue + (c * args.capacity + j) * args.dim);
-      A square, unused;
-      kernels.square_and_dot(row, row, args.dim, &square, &unused);
-      const A norm = std::sqrt(square);
-      if (norm < A(kNormFloor)) continue;
-      kernels.accumulate(share[c * args.capacity + j] / norm, row, args.dim, partial.data() + task * args.dim);
+    cpu::RowBuffer<T> buffer(kAtOnce * args.dim);
+    for (int64_t j = first; j < last; j += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, last - j), at = c * args.capacity + j;
+      const A* const rows = buffer.read(args.queue + at * args.dim, count * args.dim);
+      kernels.add_unit_rows(rows, share.data() + at, count, args.dim, A(kNormFloor), partial.data() + task * args.dim);
     }
   });
   for (int64_t c = 0; c < args.classes; ++c) {

@@ -110,6 +110,39 @@ class Project(torch.autograd.Function):
         return features, None, weight, bias
 
 
+class Selector(torch.autograd.Function):
+    """Class selectors behind their first product: BatchNorm - LeakyReLU(0.2) - Linear(E, 1), for rows sorted by class.
+
+    ``hidden [P, E]``, ``ends [C]`` int64 (the rows of class c are ``ends[c - 1] : ends[c]``, the last one is P), all
+    else ``[C, E]``, but ``bias [C]`` and ``own [C]`` bool: classes whose ``mean`` and ``rstd`` come from their rows.
+    There the gradient goes on through them to ``hidden``; the ``mean`` of other classes has a gradient of its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        ends: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        own: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, ends, mean, rstd, norm_weight, norm_bias, weight, own)
+        return torch.ops.pixcontrast.selector(hidden, ends, mean, rstd, norm_weight, norm_bias, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, _, rstd, norm_weight, _, _, own = ctx.saved_tensors
+        hidden, *norm, weight, bias = torch.ops.pixcontrast.selector_backward(grad, *ctx.saved_tensors)
+        mean = torch.where(own[:, None], 0, -rstd * norm_weight * norm[1])
+        return hidden, None, mean, None, *norm, weight, bias, None
+
+
 def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], incoming: Tensor) -> list[Tensor | None]:
     """Gradients, written for an incoming gradient of one, times the one that came.
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, grouped_mm, leaky_relu, linear, relu
+from torch.nn.functional import grouped_mm, leaky_relu, relu
 
 from . import ops
 from .functional import project
+from .functions import Selector
 
 
 class MaskedBatchNorm1d(nn.BatchNorm1d):
@@ -120,50 +121,48 @@ class ClassSelectors(nn.Module):
         if total == 0:
             return rows.new_zeros(0)
         valid = (labels >= 0) & (labels < classes)
-        key = torch.where(valid, labels, classes)
-        order = torch.argsort(key, stable=True)
-        ordered, counted = key[order], valid[order]
-        sorted_rows = torch.where(counted[:, None], rows[order], 0)
+        ordered, order = torch.sort(torch.where(valid, labels, classes), stable=True)
         ends = torch.searchsorted(ordered, torch.arange(1, classes + 1, device=rows.device))
-        if can_look(rows):
-            logits = self._class_by_class(sorted_rows, ends.tolist())
+        if can_look(rows) and ops.missing_kernel(rows.device, rows.dtype) is None:
+            logits = self._by_kernels(rows, order[: int(ends[-1])], ends)
         else:
+            sorted_rows = torch.where(ordered[:, None] < classes, rows[order], 0)
             logits = self._all_at_once(sorted_rows, ends, ordered)
-        return torch.zeros_like(logits).scatter(0, order, logits)
+        return logits.new_zeros(total).scatter(0, order[: logits.shape[0]], logits)
 
     def _all_at_once(self, rows: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
         """Logits of rows sorted by class, with shapes that do not depend on the labels."""
         # rows of no class sit at the end, as zeros, in the last group
-        ends = torch.cat([ends[:-1], torch.full_like(ends[:1], rows.shape[0])]).to(torch.int32)
+        ends = torch.cat([ends[:-1], torch.full_like(ends[:1], rows.shape[0])])
         # [P, C] one-hot: sums over classes, and what each row gets of its class, are matrix products; deterministic
         member = labels[:, None] == torch.arange(len(self.bias2), device=rows.device)
-        weight1: Tensor = self.weight1
-        if torch.is_autocast_enabled(rows.device.type):
-            half = torch.get_autocast_dtype(rows.device.type)
-            rows, weight1 = rows.to(half), weight1.to(half)
-        hidden = grouped_linear(rows, weight1, ends)
+        hidden = self._first(in_autocast(rows), ends)
         with torch.autocast(rows.device.type, enabled=False):
             hidden = self._normalise(precise(hidden), member).to(hidden.dtype)
         logits = leaky_relu(hidden, 0.2) @ self.weight2.t() + self.bias2
         return torch.where(member, logits, 0).sum(1)
 
-    def _class_by_class(self, rows: Tensor, ends: list[int]) -> Tensor:
-        """The same, with the rows of one class staying in the cache: several times faster on a CPU."""
-        *parts, rest = rows.tensor_split(ends)
-        logits = []
-        for c, part in enumerate(parts):
-            hidden = batch_norm(
-                precise(linear(part, self.weight1[c], self.bias1[c])),
-                self.running_mean[c],
-                self.running_var[c],
-                self.norm_weight[c],
-                self.norm_bias[c],
-                self.training and len(part) > 1,
-                self.momentum,
-                self.eps,
-            )
-            logits.append(linear(leaky_relu(hidden, 0.2), self.weight2[c : c + 1], self.bias2[c : c + 1])[:, 0])
-        return torch.cat([*logits, logits[-1].new_zeros(len(rest))])
+    def _by_kernels(self, rows: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+        """The same for the rows ``order``, sorted by class, with what follows the products in two passes each way."""
+        if order.numel() == 0:
+            return rows.new_zeros(0) + 0 * self.bias2.sum()
+        hidden = self._first(in_autocast(rows).index_select(0, order), ends)
+        own = torch.zeros_like(ends, dtype=torch.bool)
+        mean, variance = precise(self.running_mean - self.bias1), precise(self.running_var)
+        if self.training:
+            batch_mean, batch_variance = torch.ops.pixcontrast.selector_statistics(hidden.detach(), ends)
+            count = ends.diff(prepend=ends.new_zeros(1))[:, None]
+            own = count[:, 0] >= 2
+            mean = torch.where(own[:, None], batch_mean, mean)
+            variance = torch.where(own[:, None], batch_variance, variance)
+            self._track(batch_mean, batch_variance, count)
+        norm = (precise(self.norm_weight), precise(self.norm_bias))
+        rstd = torch.rsqrt(variance + self.eps)
+        return Selector.apply(hidden, ends, mean, rstd, *norm, precise(self.weight2), precise(self.bias2), own)
+
+    def _first(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """The first product of rows sorted by class, without ``bias1``."""
+        return grouped_linear(rows, in_autocast(self.weight1), ends.to(torch.int32))
 
     def _normalise(self, hidden: Tensor, member: Tensor) -> Tensor:
         """BatchNorm of each class over its own rows; a class with one row uses its running statistics.
@@ -182,13 +181,16 @@ class ClassSelectors(nn.Module):
         enough = count >= 2
         shift = torch.where(enough, 0, mean + running_shift)
         scale = torch.rsqrt(torch.where(enough, variance, self.running_var.clone()) + self.eps) * self.norm_weight
-        with torch.no_grad():
-            rate = torch.zeros_like(count).masked_fill(enough, self.momentum)
-            target = mean + self.bias1
-            unbiased = variance * count / (count - 1).clamp_min(1)
-            self.running_mean.add_(rate * (target - self.running_mean))
-            self.running_var.add_(rate * (unbiased - self.running_var))
+        self._track(mean, variance, count)
         return self._affine(centred, member, scale, shift * scale + self.norm_bias)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of classes with two rows or more; ``mean`` is without ``bias1``."""
+        rate = torch.zeros_like(mean[:, :1]).masked_fill(count >= 2, self.momentum)
+        unbiased = variance * count / (count - 1).clamp_min(1)
+        self.running_mean.add_(rate * (mean + self.bias1 - self.running_mean))
+        self.running_var.add_(rate * (unbiased - self.running_var))
 
     @staticmethod
     def _affine(rows: Tensor, member: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -199,6 +201,14 @@ class ClassSelectors(nn.Module):
 def can_look(tensor: Tensor) -> bool:
     """Whether numbers of ``tensor`` can be looked at for nothing: it need not be waited for, and no graph is made."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def in_autocast(rows: Tensor) -> Tensor:
+    """``rows`` in the dtype that autocast has for matrix products; float64, or without autocast, as they are."""
+    device = rows.device.type
+    if rows.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return rows
+    return rows.to(torch.get_autocast_dtype(device))
 
 
 def precise(rows: Tensor) -> Tensor:

@@ -115,6 +115,39 @@ if available():
     def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
         return left.new_empty((ends.shape[0], left.shape[1], right.shape[1]))
 
+    @torch.library.register_fake("pixcontrast::selector_statistics")
+    def _(hidden: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        mean = hidden.new_empty((ends.shape[0], hidden.shape[1]), dtype=_accumulation(hidden))
+        return mean, torch.empty_like(mean)
+
+    @torch.library.register_fake("pixcontrast::selector")
+    def _(
+        hidden: Tensor,
+        ends: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        return bias.new_empty(hidden.shape[:1])
+
+    @torch.library.register_fake("pixcontrast::selector_backward")
+    def _(
+        grad: Tensor,
+        hidden: Tensor,
+        ends: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        own: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        sums = [mean.new_empty(mean.shape) for _ in range(3)]
+        return hidden.new_empty(hidden.shape), sums[0], sums[1], sums[2], mean.new_empty(ends.shape)
+
     @torch.library.register_fake("pixcontrast::infonce")
     def _(
         features: Tensor,

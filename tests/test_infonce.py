@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,13 +145,11 @@ def test_many_tiles_agree_with_the_reference(queue: bool) -> None:
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12 * float(expected_grad.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("queue", [True, False])
-def test_rounding_errors_are_no_larger_than_those_of_the_reference(queue: bool, dtype: torch.dtype) -> None:
-    case = large_case(dtype, queue)
-    exact = Case(case.features.double(), case.anchors, [q.double() for q in case.queues], case.counts)
+def assert_rounds_like_the_reference(case: Case) -> None:
+    """Loss and gradient are no further from those in float64 than three times those of the reference."""
+    exact = replace(case, features=case.features.double(), queues=[q.double() for q in case.queues])
     truth, true_grad = exact.run("reference")
-    errors = []
+    dtype, errors = case.features.dtype, []
     for backend in BACKENDS:
         output, grad = case.run(backend)
         assert grad.dtype == dtype and output.loss.dtype == torch.float32
@@ -157,6 +159,61 @@ def test_rounding_errors_are_no_larger_than_those_of_the_reference(queue: bool, 
     (loss_allowed, grad_allowed), (loss_error, grad_error) = errors
     assert loss_error <= 3 * loss_allowed + torch.finfo(torch.float32).eps
     assert grad_error <= 3 * grad_allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queue", [True, False])
+def test_rounding_errors_are_no_larger_than_those_of_the_reference(queue: bool, dtype: torch.dtype) -> None:
+    assert_rounds_like_the_reference(large_case(dtype, queue))
+
+
+def bfloat16_case(dim: int, alike: bool = False) -> Case:
+    """Channels, anchors and keys of two queues that fill no tile; ``alike``: keys that differ by a hundredth."""
+    g = torch.Generator().manual_seed(dim)
+    features = torch.nn.functional.normalize(torch.randn(101, dim, generator=g), dim=1)
+    labels = torch.randint(0, 3, (101,), generator=g)
+    queues = [torch.nn.functional.normalize(torch.randn(3, rows, dim, generator=g), dim=2) for rows in (601, 34)]
+    counts = [torch.tensor([601, 290, 1]), torch.tensor([33, 0, 34])]
+    excluded = torch.where(labels == 0, torch.randint(0, 634, (101,), generator=g), -1)
+    if alike:
+        queues, counts = [queues[0][:1, :1] + 0.01 * queues[0]], [torch.tensor([300, 3, 2])]
+        excluded = torch.full_like(excluded, -1)
+    queues = [queue.bfloat16() for queue in queues]
+    return Case(
+        features.bfloat16(), Anchors(torch.arange(101), labels), queues, counts, excluded, 1.0 if alike else 0.1
+    )
+
+
+@pytest.mark.parametrize("dim", [1, 31, 33, 64, 97])
+def test_bfloat16_of_any_size_rounds_like_the_reference(dim: int) -> None:
+    assert_rounds_like_the_reference(bfloat16_case(dim))
+
+
+def test_bfloat16_weights_of_positives_and_negatives_balance() -> None:
+    # The gradient is a small difference between two mean keys: both must be means, whatever the weights are rounded to.
+    assert_rounds_like_the_reference(bfloat16_case(64, alike=True))
+
+
+@pytest.mark.parametrize("features", [torch.bfloat16, torch.float32])
+def test_bfloat16_is_multiplied_as_such_only_if_all_is(features: torch.dtype) -> None:
+    # 1 + 2^-12 is no bfloat16; one of two dtypes is not bfloat16 either way
+    case = bfloat16_case(33)
+    case.features = (case.features * (1 + 2**-12)).to(features)
+    if features == torch.bfloat16:
+        case.queues[1] = case.queues[1].float() * (1 + 2**-12)
+    assert_rounds_like_the_reference(case)
+
+
+@pytest.mark.parametrize("capability", ["avx512", "baseline"])
+def test_bfloat16_without_its_instruction(capability: str) -> None:
+    code = (
+        "from pixcontrast import _C; import test_infonce as t\n"
+        "t.assert_rounds_like_the_reference(t.bfloat16_case(33))\n"
+        "print(_C.build_info()['cpu_capability'])"
+    )
+    environment = os.environ | {"PIXCONTRAST_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in (capability, "avx2", "baseline")  # or what the machine has
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -49,15 +49,15 @@ namespace {
 
 const char* detect() {
   const char* wanted = std::getenv("PIXCONTRAST_CPU_CAPABILITY");
-  const auto allows = [&](const char* name) {
-    return wanted == nullptr || std::strcmp(wanted, name) == 0 || std::strcmp(wanted, "avx512") == 0;
-  };
+  bool allowed = wanted == nullptr;  // from the wanted one on
+  const auto allows = [&](const char* name) { return allowed = allowed || std::strcmp(wanted, name) == 0; };
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && allows("avx512")) return "avx512";
-  if (has_avx2 && allows("avx2")) return "avx2";
+  if (allows("avx512_bf16") && has_avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+  if (allows("avx512") && has_avx512) return "avx512";
+  if (allows("avx2") && has_avx2) return "avx2";
 #endif
   return "baseline";
 }
@@ -78,7 +78,8 @@ const char* capability() {
 template <class A>
 const RowKernels<A>& row_kernels() {
 #if defined(__x86_64__)
-  if (capability()[0] == 'a') return std::strcmp(capability(), "avx512") == 0 ? avx512::table<A> : avx2::table<A>;
+  if (std::strncmp(capability(), "avx512", 6) == 0) return avx512::table<A>;
+  if (std::strcmp(capability(), "avx2") == 0) return avx2::table<A>;
 #endif
   return baseline::table<A>;
 }

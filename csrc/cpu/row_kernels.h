@@ -5,6 +5,13 @@
 
 namespace pixcontrast::cpu {
 
+// y = scale * (x - centre) + bias, each [D]; then leaky(y) = y for y > 0, else slope * y.
+template <class A>
+struct Norm {
+  const A *centre, *scale, *bias;
+  A slope;
+};
+
 template <class A>
 struct RowKernels {
   // x [D], y [D]: *square = <x, x>, *product = <x, y>
@@ -14,6 +21,8 @@ struct RowKernels {
   void (*combine)(A alpha, const A* y, A beta, const A* x, int64_t dim, bool stream, A* out, A gamma, A* sum);
   // sum [D] += alpha * x
   void (*accumulate)(A alpha, const A* x, int64_t dim, A* sum);
+  // sum [D] += the sum of share[r] x_r/|x_r| over the rows x_r of x [rows, D], without those of a norm below `floor`
+  void (*add_unit_rows)(const A* x, const A* share, int64_t rows, int64_t dim, A floor, A* sum);
   // score[i] = sigma(logit[i]) / exp(shift[i]), without shift (null): sigma(logit[i]). With min(largest logit of the
   // class, 0) as shift, the largest score of a class never underflows.
   void (*score)(const A* logit, const A* shift, int64_t count, A* score);
@@ -23,12 +32,22 @@ struct RowKernels {
   A (*exponentials)(A* z, int64_t count, A scale, A shift);
   // z [count] = sigma(away - scale z); returns their sum, and adds the sum of log(1 + e^(away - scale z)) to *softplus.
   A (*positives)(A* z, int64_t count, A scale, A away, A* softplus);
+  // sum [D] += (x - centre)^2
+  void (*add_squares)(const A* x, const A* centre, int64_t dim, A* sum);
+  // <weight [D], leaky(y)>
+  A (*leaky_dot)(const A* x, const Norm<A>& norm, const A* weight, int64_t dim);
+  // With s = grad * leaky'(y): ones [D] += s, products [D] += s * (x - centre).
+  void (*leaky_sums)(const A* x, const Norm<A>& norm, A grad, int64_t dim, A* ones, A* products);
+  // out [D] = factor * grad * leaky'(y) + shift + tilt * (x - centre); out may be x.
+  void (*leaky_backward)(const A* x, const Norm<A>& norm, A grad, const A* factor, const A* shift, const A* tilt,
+                         int64_t dim, A* out);
 };
 
 // Makes streamed stores visible to other threads.
 void fence();
 
-// "avx512", "avx2" or "baseline"; PIXCONTRAST_CPU_CAPABILITY can ask for a lesser one than the machine has.
+// "avx512_bf16", "avx512", "avx2" or "baseline"; PIXCONTRAST_CPU_CAPABILITY can ask for a lesser one than the machine
+// has.
 const char* capability();
 
 template <class A>

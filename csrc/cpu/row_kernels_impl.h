@@ -34,8 +34,6 @@ PIXCONTRAST_TARGET void square_and_dot(const A* x, const A* y, int64_t dim, A* s
   typename V::type s0{}, s1{}, s2{}, s3{}, p0{}, p1{}, p2{}, p3{};
   int64_t d = 0;
   for (; d + 4 * step <= dim; d += 4 * step) {
-    __builtin_prefetch(x + d + dim);  // the next row, most likely
-    __builtin_prefetch(x + d + dim + 2 * step);
     const auto x0 = LOAD(x + d), x1 = LOAD(x + d + step), x2 = LOAD(x + d + 2 * step), x3 = LOAD(x + d + 3 * step);
     s0 += x0 * x0;
     s1 += x1 * x1;
@@ -97,6 +95,33 @@ PIXCONTRAST_TARGET void accumulate(A alpha, const A* x, int64_t dim, A* sum) {
   int64_t d = 0;
   for (; d + V::lanes <= dim; d += V::lanes) STORE(sum + d, LOAD(sum + d) + alpha * LOAD(x + d));
   for (; d < dim; ++d) sum[d] += alpha * x[d];
+}
+
+template <class A>
+PIXCONTRAST_TARGET void add_unit_rows(const A* x, const A* share, int64_t rows, int64_t dim, A floor, A* sum) {
+  using V = Vector<A>;
+  constexpr int64_t most = 4;
+  while (rows > 0) {
+    const int64_t count = rows < most ? rows : most;
+    const A* row[most];
+    A factor[most];
+    for (int64_t r = 0; r < most; ++r) {
+      row[r] = r < count ? x + r * dim : x;
+      A square = 0, same;
+      if (r < count) square_and_dot(row[r], row[r], dim, &square, &same);
+      const A norm = std::sqrt(square);
+      factor[r] = norm < floor ? A(0) : share[r] / norm;
+    }
+    int64_t d = 0;
+    for (; d + V::lanes <= dim; d += V::lanes) {
+      STORE(sum + d, LOAD(sum + d) + (factor[0] * LOAD(row[0] + d) + factor[1] * LOAD(row[1] + d)) +
+                         (factor[2] * LOAD(row[2] + d) + factor[3] * LOAD(row[3] + d)));
+    }
+    for (; d < dim; ++d) {
+      sum[d] += factor[0] * row[0][d] + factor[1] * row[1][d] + factor[2] * row[2][d] + factor[3] * row[3][d];
+    }
+    x += count * dim, share += count, rows -= count;
+  }
 }
 
 // e^x for x <= 0. The library's for double; for float a polynomial that the compiler can vectorise, within 2 ulp:
@@ -203,8 +228,52 @@ PIXCONTRAST_TARGET A positives(A* z, int64_t count, A scale, A away, A* softplus
 }
 
 template <class A>
-const RowKernels<A> table = {square_and_dot<A>, combine<A>,      accumulate<A>, score<A>,
-                             largest<A>,        exponentials<A>, positives<A>};
+PIXCONTRAST_TARGET void add_squares(const A* x, const A* centre, int64_t dim, A* __restrict sum) {
+  for (int64_t d = 0; d < dim; ++d) sum[d] += (x[d] - centre[d]) * (x[d] - centre[d]);
+}
+
+template <class A>
+PIXCONTRAST_TARGET A leaky_dot(const A* x, const Norm<A>& norm, const A* weight, int64_t dim) {
+  constexpr int64_t strands = 4 * Vector<A>::lanes;
+  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
+  A part[strands] = {};
+  for (int64_t first = 0; first < dim; first += strands) {
+    const int64_t size = dim - first < strands ? dim - first : strands;
+    for (int64_t k = 0; k < size; ++k) {
+      const int64_t d = first + k;
+      const A y = scale[d] * (x[d] - centre[d]) + bias[d];
+      part[k] += weight[d] * (y > 0 ? y : slope * y);
+    }
+  }
+  return sum(part, strands);
+}
+
+template <class A>
+PIXCONTRAST_TARGET void leaky_sums(const A* x, const Norm<A>& norm, A grad, int64_t dim, A* __restrict ones,
+                                   A* __restrict products) {
+  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, low = grad * norm.slope;
+  for (int64_t d = 0; d < dim; ++d) {
+    const A centred = x[d] - centre[d], s = scale[d] * centred + bias[d] > 0 ? grad : low;
+    ones[d] += s;
+    products[d] += s * centred;
+  }
+}
+
+template <class A>
+PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, A grad, const A* factor, const A* shift,
+                                       const A* tilt, int64_t dim, A* out) {
+  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, low = grad * norm.slope;
+#pragma GCC ivdep  // out is none of the others, or x itself
+  for (int64_t d = 0; d < dim; ++d) {
+    const A centred = x[d] - centre[d], s = scale[d] * centred + bias[d] > 0 ? grad : low;
+    out[d] = factor[d] * s + shift[d] + tilt[d] * centred;
+  }
+}
+
+template <class A>
+const RowKernels<A> table = {square_and_dot<A>, combine<A>,   accumulate<A>,   add_unit_rows<A>,
+                             score<A>,          largest<A>,   exponentials<A>, positives<A>,
+                             add_squares<A>,    leaky_dot<A>, leaky_sums<A>,   leaky_backward<A>};
 
 #undef LOAD
 #undef STORE

@@ -9,7 +9,7 @@
 
 namespace pixcontrast::cpu {
 
-// Room for one row; a row already stored in the right dtype is read and written in place.
+// Room for one row, or some that follow each other; what is stored in the right dtype is read and written in place.
 template <class T>
 class RowBuffer {
  public:
@@ -18,9 +18,11 @@ class RowBuffer {
 
   explicit RowBuffer(int64_t dim) : dim_(dim), room_(in_place ? 0 : dim) {}
 
-  const A* read(const T* row) {
+  const A* read(const T* row) { return read(row, dim_); }
+  // The first `count` numbers only.
+  const A* read(const T* row, int64_t count) {
     if constexpr (in_place) return row;
-    for (int64_t d = 0; d < dim_; ++d) room_[d] = static_cast<A>(row[d]);
+    for (int64_t d = 0; d < count; ++d) room_[d] = static_cast<A>(row[d]);
     return room_.data();
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,16 +64,20 @@ TINY_MODEL = ModelConfig(
 
 
 @pytest.fixture
-def tiny(folder: Path, tmp_path: Path) -> FitConfig:
+def tiny(tiny_session: FitConfig, tmp_path: Path) -> FitConfig:
     """All parts of the method begin within the first steps."""
-    return tiny_config(folder, tmp_path / "run")
+    return replace(tiny_session, run=replace(tiny_session.run, out=tmp_path / "run"))
 
 
-def tiny_config(folder: Path, out: Path) -> FitConfig:
+@pytest.fixture(scope="session")
+def tiny_session(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FitConfig:
+    """``tiny`` for fixtures of several tests, which give it a folder of their own."""
     return FitConfig(
         DataConfig(dataset="folder", root=folder, labelled=6, crop=32, labelled_batch=3, unlabelled_batch=2),
         TINY_MODEL,
         MethodConfig(ramp=4, memory_start=1, contrast_start=2, memory_rows=16, contrast_dim=8, confidence=0.05),
         OptimConfig(steps=8, lr=0.05),
-        RunConfig(out=out, device="cpu", log_every=1, evaluate_every=4, checkpoint_every=3),
+        RunConfig(
+            out=tmp_path_factory.mktemp("tiny") / "run", device="cpu", log_every=1, evaluate_every=4, checkpoint_every=3
+        ),
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
 from test_checkpoint import assert_same_state, in_folder
 
 import train.loop
@@ -38,10 +37,9 @@ Results = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FitConfig:
+def shared(tiny_session: FitConfig) -> FitConfig:
     """``tiny`` with batches that two processes can share."""
-    tiny = tiny_config(folder, tmp_path_factory.mktemp("shared") / "run")
-    return replace(tiny, data=replace(tiny.data, labelled_batch=4, unlabelled_batch=4))
+    return replace(tiny_session, data=replace(tiny_session.data, labelled_batch=4, unlabelled_batch=4))
 
 
 def with_sync(config: FitConfig, sync: Any) -> FitConfig:
