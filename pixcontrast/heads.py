@@ -144,21 +144,19 @@ class ClassSelectors(nn.Module):
 
     def _by_kernels(self, rows: Tensor, order: Tensor, ends: Tensor) -> Tensor:
         """The same for the rows ``order``, sorted by class, with what follows the products in two passes each way."""
-        if order.numel() == 0:
-            return rows.new_zeros(0) + 0 * self.bias2.sum()
         hidden = self._first(in_autocast(rows).index_select(0, order), ends)
-        own = torch.zeros_like(ends, dtype=torch.bool)
+        own = torch.zeros_like(ends, dtype=torch.bool)  # classes normalised by the statistics of their rows
         mean, variance = precise(self.running_mean - self.bias1), precise(self.running_var)
         if self.training:
-            batch_mean, batch_variance = torch.ops.pixcontrast.selector_statistics(hidden.detach(), ends)
-            count = ends.diff(prepend=ends.new_zeros(1))[:, None]
-            own = count[:, 0] >= 2
-            mean = torch.where(own[:, None], batch_mean, mean)
-            variance = torch.where(own[:, None], batch_variance, variance)
-            self._track(batch_mean, batch_variance, count)
-        norm = (precise(self.norm_weight), precise(self.norm_bias))
+            count = ends.diff(prepend=ends.new_zeros(1))
+            own = count >= 2
+            row_mean, row_variance = torch.ops.pixcontrast.selector_statistics(hidden.detach(), ends)
+            mean = torch.where(own[:, None], row_mean, mean)
+            variance = torch.where(own[:, None], row_variance, variance)
+            self._track(row_mean, row_variance, count[:, None])
         rstd = torch.rsqrt(variance + self.eps)
-        return Selector.apply(hidden, ends, mean, rstd, *norm, precise(self.weight2), precise(self.bias2), own)
+        parameters = (self.norm_weight, self.norm_bias, self.weight2, self.bias2)
+        return Selector.apply(hidden, ends, mean, rstd, *map(precise, parameters), own)
 
     def _first(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The first product of rows sorted by class, without ``bias1``."""

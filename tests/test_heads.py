@@ -108,6 +108,15 @@ def test_rows_of_no_class_may_be_anything(form: None) -> None:
     assert selectors(torch.randn(0, 16), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_rows_every_gradient_is_zero(form: None, autocast: bool) -> None:
+    selectors = ClassSelectors(3, 16)
+    rows = torch.randn(5, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        selectors(rows, torch.full((5,), -1)).sum().backward()
+    assert all((leaf.grad == 0).all() for leaf in (rows, *selectors.parameters()))
+
+
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 16), (torch.float32, 15), (torch.float64, 16)])
 def test_grouped_linear(dtype: torch.dtype, dim: int) -> None:
     rows = torch.randn(20, dim, dtype=dtype)

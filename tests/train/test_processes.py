@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -228,6 +229,18 @@ def test_parts_of_a_batch_make_the_whole(folder: Path):
     assert all(torch.equal(torch.cat(pair), of_whole) for *pair, of_whole in zip(*parts, whole, strict=True))
     with pytest.raises(UserError, match="3 processes cannot share x batches of 4 images equally: give a multiple of 3"):
         batches(0, 3)
+
+
+def test_loader_processes_go_on_after_an_interrupt(folder: Path):
+    """Ctrl-C reaches all processes, and torchrun passes it on to all."""
+    stream = iter(Batches(SegmentationDataset(folder, "train"), range(12), 4, 16, 0, "x", workers=1))
+    next(stream)
+    (loader,) = multiprocessing.active_children()
+    assert loader.pid is not None
+    os.kill(loader.pid, signal.SIGINT)
+    for _ in range(10):
+        next(stream)
+    assert loader.is_alive()
 
 
 @pytest.mark.parametrize(
