@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,6 +195,7 @@ def _of_part(results: Results, part: Part, labelled: int | float, network: str) 
 
 
 def _mean_spread(values: dict[int, float], sign: str = "") -> str:
+    values = {seed: value for seed, value in values.items() if not math.isnan(value)}  # a class that does not occur
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values.values()):.1f}" if len(values) > 1 else ""

@@ -39,8 +39,8 @@ class Line:
 
     @property
     def spread(self) -> float:
-        """Sample standard deviation over the splits."""
-        return statistics.stdev(self.ours) if len(self.ours) > 1 else math.nan
+        """Sample standard deviation over the splits; NaN if one of them has none, where `stdev` would raise."""
+        return statistics.stdev(self.ours) if len(self.ours) > 1 and not math.isnan(self.mean) else math.nan
 
     @property
     def difference(self) -> float:

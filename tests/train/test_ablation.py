@@ -90,6 +90,11 @@ def test_finished_runs_are_not_trained_again(
     assert "| + class-memory contrast | – |" in text, "an unfinished run has no number"
 
 
+def test_a_class_that_does_not_occur_has_no_number():
+    assert module._mean_spread({0: float("nan"), 1: 2.0, 2: 4.0}) == "3.0 ± 1.4"
+    assert module._mean_spread({0: float("nan")}) == "–"
+
+
 def test_bad_input_is_one_clear_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(UserError, match="--seeds, --labelled and --parts need at least one value each"):
         ablation(AblationConfig("folder", folder, seeds=(), out=tmp_path), [])

@@ -251,6 +251,11 @@ def test_numbers_of_one_split_have_no_spread():
     assert (line.mean, line.difference) == (51.0, 1.0) and line.spread != line.spread
 
 
+def test_a_class_that_one_split_lacks_has_no_mean_and_no_spread():
+    line = Line([51.0, float("nan")], 50.0)
+    assert line.mean != line.mean and line.spread != line.spread
+
+
 def test_doubts_about_the_printed_numbers_are_shown(tmp_path: Path):
     write_comparison(tmp_path / "table.md", "Title", {row: {} for row in rows_of_table(3)})
     text = (tmp_path / "table.md").read_text()
