@@ -12,7 +12,6 @@ from typing import Literal
 
 import tyro
 
-from pixcontrast.distributed import world_size
 from train.command_line import STYLE
 from train.comparison import markdown_table
 from train.config import FitConfig
@@ -86,8 +85,6 @@ def ablation(config: AblationConfig, overrides: list[str]) -> Path:
         UserError: unusable options, or a run that cannot be trained.
         Interrupted: on SIGINT, after saving.
     """
-    if world_size() > 1:
-        raise UserError("ablation trains its short runs in one process each: start it with python, not torchrun")
     if not config.seeds or not config.labelled or not config.parts:
         raise UserError("--seeds, --labelled and --parts need at least one value each")
     open_dataset(config.dataset, config.split, config.root)  # if this cannot be, say so before anything is trained

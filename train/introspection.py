@@ -27,7 +27,8 @@ def attention_map(learner: Learner, image: Tensor) -> tuple[Tensor, Tensor]:
     assert learner.branch is not None
     logits, features = learner(to_float(image)[None])
     classes = logits.argmax(1)
-    return classes[0], attention_weights(learner.branch, features, classes)[0]
+    with learner.autocast():
+        return classes[0], attention_weights(learner.branch, features, classes)[0]
 
 
 def attention_weights(branch: ContrastBranch, features: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,14 +61,17 @@ def test_attention_is_that_of_each_pixels_own_class(branch: ContrastBranch):
 
 
 @torch.no_grad()
-def test_attention_map_is_for_predicted_classes(tiny: FitConfig):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attention_map_is_for_predicted_classes(tiny: FitConfig, precision: str):
     torch.manual_seed(0)
-    learner = build_learner(tiny, 3, 255, 6).eval()
+    config = replace(tiny, optim=replace(tiny.optim, precision=precision))
+    learner = build_learner(config, 3, 255, 6).eval()
     image = torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8)
     classes, weights = attention_map(learner, image)
     logits, features = learner(image[None].float() / 255)
     assert torch.equal(classes, logits[0].argmax(0)) and classes.shape == weights.shape == (8, 12)
-    assert torch.equal(weights, attention_weights(learner.branch, features, classes[None])[0])
+    with learner.autocast():
+        assert torch.equal(weights, attention_weights(learner.branch, features, classes[None])[0])
 
 
 # ---- memory
