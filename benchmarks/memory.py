@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from pixcontrast import ops
+
 from .cases import CASES, Case
 from .problem import Problem
 from .released import Checkouts
@@ -45,7 +47,10 @@ def _measure(case_name: str, contender: str, device: str, checkouts: Checkouts, 
         step()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - allocated) / (1 << 20)
-    ctypes.CDLL(None).malloc_trim(0)  # freed blocks go back to the system, and count again when they are used again
+    # freed blocks go back to the system, and count again when they are used again
+    if ops.available():
+        ops._C.release_memory()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _resident("VmRSS")
     step()

@@ -1,18 +1,16 @@
-// What the files of the operators share: tensors as the kernels see them, dispatch by dtype and device. Only these
-// files
-// (*_ops.cpp) know both.
+// What the files of the operators (*_ops.cpp) share: tensors as the kernels see them, dispatch by dtype and device.
+// Only these files know both.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
 #include <optional>
 
+#include "cpu/gradient_memory.h"
 #include "positive.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -67,22 +65,12 @@ inline FeatureLayout layout_of(const Tensor& features) {
           planes ? features.size(2) * features.size(3) : 0};
 }
 
-// Memory beyond what malloc keeps is fresh every time, and taking it from the system in pages of 4 KB can cost more
-// than filling it: zeros of 67 MB took 20 ms.
-inline void use_large_pages(const Tensor& t) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  if (!t.is_cpu() || t.nbytes() < 16 * kPage) return;
-  const auto start = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-  const auto end = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + t.nbytes();
-  madvise(reinterpret_cast<void*>(start), (end - start) / kPage * kPage, MADV_HUGEPAGE);  // a wish: it may fail
-#endif
-}
-
+// Room for the gradient of features, laid out like them.
 inline Tensor empty_like_features(const Tensor& features) {
-  const auto made = at::empty_like(features, features.options().memory_format(format_of(features)));
-  use_large_pages(made);
-  return made;
+  const auto format = format_of(features);
+  if (!features.is_cpu()) return at::empty_like(features, features.options().memory_format(format));
+  return Tensor(at::detail::empty_generic(features.sizes(), cpu::gradient_memory(),
+                                          c10::DispatchKeySet(c10::DispatchKey::CPU), features.scalar_type(), format));
 }
 
 // `t`, or an empty tensor where an operator has nothing to return.

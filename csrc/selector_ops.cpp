@@ -1,24 +1,45 @@
-// The class selectors behind their first product as PyTorch sees them, on CPUs: elsewhere PyTorch computes them, see
-// pixcontrast/heads.py.
+// The class selectors as PyTorch sees them, on CPUs: elsewhere PyTorch computes them, see pixcontrast/heads.py.
 #include "ops.h"
 #include "selector.h"
 
 namespace pixcontrast {
 namespace {
 
-// hidden [P, E], ends [C] int64 that ascend from 0 to at most P
-void check(const Tensor& hidden, const Tensor& ends) {
-  TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [P, E], got ", hidden.sizes());
-  TORCH_CHECK_VALUE(ends.dim() == 1, "ends must be [C], got ", ends.sizes());
-  TORCH_CHECK_TYPE(ends.scalar_type() == at::kLong, "ends must be int64, got ", ends.scalar_type());
-  TORCH_CHECK_VALUE(ends.is_contiguous(), "ends must be contiguous");
+// Rows by class, those of one class in their order, then those of none; and how far each class goes.
+std::tuple<Tensor, Tensor> sort_by_class(const Tensor& labels_, int64_t classes) {
+  TORCH_CHECK_VALUE(labels_.dim() == 1 && classes > 0, "labels must be [N], got ", labels_.sizes());
+  TORCH_CHECK_TYPE(labels_.scalar_type() == at::kLong, "labels must be int64, got ", labels_.scalar_type());
+  const auto labels = labels_.contiguous();
+  const auto order = at::empty_like(labels), ends = at::empty({classes}, labels.options());
+  const auto* const label = read<int64_t>(labels);
+  const auto place = [&](int64_t c) { return c >= 0 && c < classes ? c : classes; };
+  std::vector<int64_t> next(classes + 2);  // where the next row of a class goes
+  for (int64_t i = 0; i < labels.numel(); ++i) ++next[place(label[i]) + 1];
+  for (int64_t c = 0; c < classes; ++c) write<int64_t>(ends)[c] = next[c + 1] += next[c];
+  for (int64_t i = 0; i < labels.numel(); ++i) write<int64_t>(order)[next[place(label[i])]++] = i;
+  return {order, ends};
+}
+
+// order [P] int64, places of different rows; ends [C] int64 that ascend from 0 to P
+void check(const Tensor& rows, const Tensor& order, const Tensor& ends) {
+  TORCH_CHECK_VALUE(rows.dim() == 2, "rows must be [N, D], got ", rows.sizes());
+  for (const auto& [t, name] : {std::pair(order, "order"), std::pair(ends, "ends")}) {
+    TORCH_CHECK_VALUE(t.dim() == 1 && t.is_contiguous(), name, " must be one contiguous row, got ", t.sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, name, " must be int64, got ", t.scalar_type());
+  }
   int64_t last = 0;
   for (int64_t c = 0; c < ends.numel(); ++c) {
     const int64_t end = read<int64_t>(ends)[c];
     TORCH_CHECK_VALUE(last <= end, "ends must ascend from 0, got ", end, " after ", last);
     last = end;
   }
-  TORCH_CHECK_VALUE(last == hidden.size(0), "the last of ends must be P = ", hidden.size(0), ", got ", last);
+  TORCH_CHECK_VALUE(last == order.size(0), "the last of ends must be P = ", order.size(0), ", got ", last);
+  std::vector<bool> seen(rows.size(0));
+  for (int64_t i = 0; i < order.numel(); ++i) {
+    const int64_t row = read<int64_t>(order)[i];
+    TORCH_CHECK_VALUE(row >= 0 && row < rows.size(0) && !seen[row], "order must name rows once, got ", row, " at ", i);
+    seen[row] = true;
+  }
 }
 
 // Numbers of the classes: in the dtype of sums, and contiguous.
@@ -29,31 +50,53 @@ Tensor checked(const Tensor& t, const char* name, at::IntArrayRef sizes, const T
   return t.contiguous();
 }
 
-SortedRows rows_of(const Tensor& hidden, const Tensor& ends) {
-  return {ends.numel(), hidden.size(1), read<int64_t>(ends)};
+// A matrix that products take in `dtype`.
+Tensor multipliable(const Tensor& t, const char* name, at::ScalarType dtype) {
+  const bool rounds = t.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf);
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype || rounds, name, " must be ", dtype, ", got ", t.scalar_type());
+  return t.contiguous();
 }
 
-std::tuple<Tensor, Tensor> statistics(const Tensor& hidden_, const Tensor& ends) {
-  check(hidden_, ends);
-  const auto hidden = hidden_.contiguous();
-  const auto mean = at::empty({ends.numel(), hidden.size(1)}, hidden.options().dtype(accumulation(hidden)));
+SortedRows sorted(const Tensor& order, const Tensor& ends) {
+  return {ends.numel(), read<int64_t>(order), read<int64_t>(ends)};
+}
+
+template <class T>
+Source<T> source(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(-1), t.scalar_type() == at::kFloat};
+}
+
+// rows [N, D] and first [C, E, D], checked.
+std::pair<Tensor, Tensor> factors(const Tensor& rows, const Tensor& first, const Tensor& ends, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(first.dim() == 3 && first.size(0) == ends.numel() && first.size(2) == rows.size(1),
+                    "first must be [C, E, D], got ", first.sizes());
+  return {multipliable(rows, "rows", dtype), multipliable(first, "first", dtype)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> hidden(const Tensor& rows_, const Tensor& order, const Tensor& ends,
+                                          const Tensor& first_, at::ScalarType dtype) {
+  check(rows_, order, ends);
+  const auto [rows, first] = factors(rows_, first_, ends, dtype);
+  const auto made = at::empty({order.size(0), first.size(1)}, rows.options().dtype(dtype));
+  const auto mean = at::empty({ends.numel(), first.size(1)}, rows.options().dtype(accumulation(made)));
   const auto variance = at::empty_like(mean);
-  dispatch_cpu(hidden, "selector_statistics", [&](auto number) {
+  dispatch_cpu(made, "selector_hidden", [&, &rows = rows, &first = first](auto number) {
     using T = decltype(number);
-    selector_statistics_cpu(
-        SelectorStatistics<T>{rows_of(hidden, ends), read<T>(hidden), write<Acc<T>>(mean), write<Acc<T>>(variance)});
+    selector_hidden_cpu(SelectorHidden<T>{sorted(order, ends), first.size(1), source<T>(rows), source<T>(first),
+                                          write<T>(made), write<Acc<T>>(mean), write<Acc<T>>(variance)});
   });
-  return {mean, variance};
+  return {made, mean, variance};
 }
 
 // The inputs that forward and backward share, checked.
 struct Inputs {
-  Tensor hidden, ends, mean, rstd, norm_weight, norm_bias, weight;
+  Tensor hidden, order, ends, mean, rstd, norm_weight, norm_bias, weight;
 
-  Inputs(const Tensor& hidden_, const Tensor& ends_, const Tensor& mean_, const Tensor& rstd_,
+  Inputs(const Tensor& hidden_, const Tensor& order_, const Tensor& ends_, const Tensor& mean_, const Tensor& rstd_,
          const Tensor& norm_weight_, const Tensor& norm_bias_, const Tensor& weight_)
-      : hidden(hidden_.contiguous()), ends(ends_) {
-    check(hidden, ends);
+      : hidden(hidden_.contiguous()), order(order_), ends(ends_) {
+    TORCH_CHECK_VALUE(hidden.dim() == 2 && hidden.size(0) == order.numel(), "hidden must be [P, E], got ",
+                      hidden.sizes());
     const at::DimVector sizes{ends.numel(), hidden.size(1)};
     mean = checked(mean_, "mean", sizes, hidden);
     rstd = checked(rstd_, "rstd", sizes, hidden);
@@ -65,7 +108,8 @@ struct Inputs {
   template <class T>
   Selector<T> arguments() const {
     Selector<T> args{};
-    args.rows = rows_of(hidden, ends);
+    args.sorted = sorted(order, ends);
+    args.width = hidden.size(1);
     args.hidden = read<T>(hidden);
     args.mean = read<Acc<T>>(mean);
     args.rstd = read<Acc<T>>(rstd);
@@ -76,64 +120,85 @@ struct Inputs {
   }
 };
 
-Tensor selector(const Tensor& hidden, const Tensor& ends, const Tensor& mean, const Tensor& rstd,
-                const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight, const Tensor& bias_) {
-  const Inputs inputs(hidden, ends, mean, rstd, norm_weight, norm_bias, weight);
+Tensor score(const Tensor& rows, const Tensor& order, const Tensor& ends, const Tensor& hidden, const Tensor& mean,
+             const Tensor& rstd, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight,
+             const Tensor& bias_) {
+  check(rows, order, ends);
+  const Inputs inputs(hidden, order, ends, mean, rstd, norm_weight, norm_bias, weight);
   const auto bias = checked(bias_, "bias", ends.sizes(), hidden);
-  const auto score = at::empty({hidden.size(0)}, bias.options());
+  const auto made = at::zeros({rows.size(0)}, bias.options());
   dispatch_cpu(hidden, "selector", [&](auto number) {
     using T = decltype(number);
     auto args = inputs.arguments<T>();
     args.bias = read<Acc<T>>(bias);
-    args.score = write<Acc<T>>(score);
+    args.score = write<Acc<T>>(made);
     selector_cpu(args);
   });
-  return score;
+  return made;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& hidden,
-                                                            const Tensor& ends, const Tensor& mean, const Tensor& rstd,
-                                                            const Tensor& norm_weight, const Tensor& norm_bias,
-                                                            const Tensor& weight, const Tensor& own_) {
-  const Inputs inputs(hidden, ends, mean, rstd, norm_weight, norm_bias, weight);
-  const auto grad = checked(grad_, "grad", hidden.sizes().slice(0, 1), hidden);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_, const Tensor& rows_, const Tensor& order, const Tensor& ends, const Tensor& first_,
+    const Tensor& hidden, const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensor& weight, const Tensor& own_, bool rows_grad) {
+  check(rows_, order, ends);
+  const Inputs inputs(hidden, order, ends, mean, rstd, norm_weight, norm_bias, weight);
+  const auto [rows, first] = factors(rows_, first_, ends, hidden.scalar_type());
+  TORCH_CHECK_VALUE(first.size(1) == hidden.size(1), "first must be [C, E, D], got ", first.sizes());
+  const auto grad = checked(grad_, "grad", rows.sizes().slice(0, 1), hidden);
   TORCH_CHECK_VALUE(own_.sizes() == ends.sizes(), "own must be [C], got ", own_.sizes());
   TORCH_CHECK_TYPE(own_.scalar_type() == at::kBool, "own must be bool, got ", own_.scalar_type());
   const auto own = own_.contiguous();
-  const auto grad_hidden = at::empty_like(inputs.hidden);
+  const auto sums = inputs.mean.options();
+  Tensor grad_rows;
+  if (rows_grad) grad_rows = at::zeros(rows.sizes(), sums);
+  const auto grad_first = at::empty(first.sizes(), sums);
   const auto grad_norm_weight = at::empty_like(inputs.mean), grad_norm_bias = at::empty_like(inputs.mean);
-  const auto grad_weight = at::empty_like(inputs.mean), grad_bias = at::empty({ends.numel()}, inputs.mean.options());
-  dispatch_cpu(hidden, "selector_backward", [&](auto number) {
+  const auto grad_weight = at::empty_like(inputs.mean), grad_bias = at::empty({ends.numel()}, sums);
+  dispatch_cpu(hidden, "selector_backward", [&, &rows = rows, &first = first](auto number) {
     using T = decltype(number);
     auto args = inputs.arguments<T>();
+    args.rows = source<T>(rows);
+    args.first = source<T>(first);
     args.grad_score = read<Acc<T>>(grad);
     args.own = read<bool>(own);
-    args.grad_hidden = write<T>(grad_hidden);
+    args.grad_rows = write<Acc<T>>(grad_rows);
+    args.grad_first = write<Acc<T>>(grad_first);
     args.grad_norm_weight = write<Acc<T>>(grad_norm_weight);
     args.grad_norm_bias = write<Acc<T>>(grad_norm_bias);
     args.grad_weight = write<Acc<T>>(grad_weight);
     args.grad_bias = write<Acc<T>>(grad_bias);
     selector_backward_cpu(args);
   });
-  return {grad_hidden, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias};
+  return {made(rows_grad ? grad_rows.to(rows.scalar_type()) : grad_rows, rows),
+          grad_first.to(first.scalar_type()),
+          grad_norm_weight,
+          grad_norm_bias,
+          grad_weight,
+          grad_bias};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
-  library.def("selector_statistics(Tensor hidden, Tensor ends) -> (Tensor mean, Tensor variance)");
+  library.def("sort_by_class(Tensor labels, int classes) -> (Tensor order, Tensor ends)");
   library.def(
-      "selector(Tensor hidden, Tensor ends, Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, "
-      "Tensor weight, Tensor bias) -> Tensor");
+      "selector_hidden(Tensor rows, Tensor order, Tensor ends, Tensor first, ScalarType dtype) -> "
+      "(Tensor hidden, Tensor mean, Tensor variance)");
   library.def(
-      "selector_backward(Tensor grad, Tensor hidden, Tensor ends, Tensor mean, Tensor rstd, Tensor norm_weight, "
-      "Tensor norm_bias, Tensor weight, Tensor own) -> (Tensor grad_hidden, Tensor grad_norm_weight, "
-      "Tensor grad_norm_bias, Tensor grad_weight, Tensor grad_bias)");
+      "selector(Tensor rows, Tensor order, Tensor ends, Tensor hidden, Tensor mean, Tensor rstd, Tensor norm_weight, "
+      "Tensor norm_bias, Tensor weight, Tensor bias) -> Tensor");
+  library.def(
+      "selector_backward(Tensor grad, Tensor rows, Tensor order, Tensor ends, Tensor first, Tensor hidden, "
+      "Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor own, bool rows_grad) -> "
+      "(Tensor grad_rows, Tensor grad_first, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_weight, "
+      "Tensor grad_bias)");
 }
 
 TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) {
-  library.impl("selector_statistics", &statistics);
-  library.impl("selector", &selector);
+  library.impl("sort_by_class", &sort_by_class);
+  library.impl("selector_hidden", &hidden);
+  library.impl("selector", &score);
   library.impl("selector_backward", &backward);
 }
 

@@ -111,18 +111,25 @@ class Project(torch.autograd.Function):
 
 
 class Selector(torch.autograd.Function):
-    """Class selectors behind their first product: BatchNorm - LeakyReLU(0.2) - Linear(E, 1), for rows sorted by class.
+    """Class selectors: for each class Linear(D, E) without bias - BatchNorm - LeakyReLU(0.2) - Linear(E, 1).
 
-    ``hidden [P, E]``, ``ends [C]`` int64 (the rows of class c are ``ends[c - 1] : ends[c]``, the last one is P), all
-    else ``[C, E]``, but ``bias [C]`` and ``own [C]`` bool: classes whose ``mean`` and ``rstd`` come from their rows.
-    There the gradient goes on through them to ``hidden``; the ``mean`` of other classes has a gradient of its own.
+    ``rows [N, D]``; ``order [P]`` int64, rows sorted by class, and ``ends [C]`` int64 (those of class c are
+    ``order[ends[c - 1] : ends[c]]``, the last one is P), see ``torch.ops.pixcontrast.sort_by_class``; ``first
+    [C, E, D]``, and ``hidden [P, E]``, what ``torch.ops.pixcontrast.selector_hidden`` makes of them. All else is
+    ``[C, E]``, but ``bias [C]`` and ``own [C]`` bool: classes whose ``mean`` and ``rstd`` come from their rows. There
+    the gradient goes on through them to the rows; the ``mean`` of other classes has a gradient of its own.
+
+    Gives logits ``[N]``, 0 for rows that are not in ``order``.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        rows: Tensor,
+        order: Tensor,
         ends: Tensor,
+        first: Tensor,
+        hidden: Tensor,
         mean: Tensor,
         rstd: Tensor,
         norm_weight: Tensor,
@@ -131,16 +138,19 @@ class Selector(torch.autograd.Function):
         bias: Tensor,
         own: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, ends, mean, rstd, norm_weight, norm_bias, weight, own)
-        return torch.ops.pixcontrast.selector(hidden, ends, mean, rstd, norm_weight, norm_bias, weight, bias)
+        ctx.save_for_backward(rows, order, ends, first, hidden, mean, rstd, norm_weight, norm_bias, weight, own)
+        return torch.ops.pixcontrast.selector(
+            rows, order, ends, hidden, mean, rstd, norm_weight, norm_bias, weight, bias
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, _, rstd, norm_weight, _, _, own = ctx.saved_tensors
-        hidden, *norm, weight, bias = torch.ops.pixcontrast.selector_backward(grad, *ctx.saved_tensors)
+        *_, rstd, norm_weight, _, _, own = ctx.saved_tensors
+        rows_grad = ctx.needs_input_grad[0]
+        rows, first, *norm, weight, bias = torch.ops.pixcontrast.selector_backward(grad, *ctx.saved_tensors, rows_grad)
         mean = torch.where(own[:, None], 0, -rstd * norm_weight * norm[1])
-        return hidden, None, mean, None, *norm, weight, bias, None
+        return rows if rows_grad else None, None, None, first, None, mean, None, *norm, weight, bias, None
 
 
 def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], incoming: Tensor) -> list[Tensor | None]:

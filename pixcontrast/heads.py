@@ -120,15 +120,14 @@ class ClassSelectors(nn.Module):
         classes, total = self.bias2.shape[0], rows.shape[0]
         if total == 0:
             return rows.new_zeros(0)
+        if can_look(rows) and ops.missing_kernel(rows.device, rows.dtype) is None:
+            return self._by_kernels(rows, labels)
         valid = (labels >= 0) & (labels < classes)
         ordered, order = torch.sort(torch.where(valid, labels, classes), stable=True)
         ends = torch.searchsorted(ordered, torch.arange(1, classes + 1, device=rows.device))
-        if can_look(rows) and ops.missing_kernel(rows.device, rows.dtype) is None:
-            logits = self._by_kernels(rows, order[: int(ends[-1])], ends)
-        else:
-            sorted_rows = torch.where(ordered[:, None] < classes, rows[order], 0)
-            logits = self._all_at_once(sorted_rows, ends, ordered)
-        return logits.new_zeros(total).scatter(0, order[: logits.shape[0]], logits)
+        sorted_rows = torch.where(ordered[:, None] < classes, rows[order], 0)
+        logits = self._all_at_once(sorted_rows, ends, ordered)
+        return logits.new_zeros(total).scatter(0, order, logits)
 
     def _all_at_once(self, rows: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
         """Logits of rows sorted by class, with shapes that do not depend on the labels."""
@@ -142,21 +141,24 @@ class ClassSelectors(nn.Module):
         logits = leaky_relu(hidden, 0.2) @ self.weight2.t() + self.bias2
         return torch.where(member, logits, 0).sum(1)
 
-    def _by_kernels(self, rows: Tensor, order: Tensor, ends: Tensor) -> Tensor:
-        """The same for the rows ``order``, sorted by class, with what follows the products in two passes each way."""
-        hidden = self._first(in_autocast(rows).index_select(0, order), ends)
+    def _by_kernels(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """The logits of all rows, by kernels that keep rows in the cache from one step to the next."""
+        order, ends = torch.ops.pixcontrast.sort_by_class(labels, len(self.bias2))
+        order = order[: int(ends[-1])]
+        hidden, row_mean, row_variance = torch.ops.pixcontrast.selector_hidden(
+            rows.detach(), order, ends, self.weight1.detach(), product_dtype(rows)
+        )
         own = torch.zeros_like(ends, dtype=torch.bool)  # classes normalised by the statistics of their rows
         mean, variance = precise(self.running_mean - self.bias1), precise(self.running_var)
         if self.training:
             count = ends.diff(prepend=ends.new_zeros(1))
             own = count >= 2
-            row_mean, row_variance = torch.ops.pixcontrast.selector_statistics(hidden.detach(), ends)
             mean = torch.where(own[:, None], row_mean, mean)
             variance = torch.where(own[:, None], row_variance, variance)
             self._track(row_mean, row_variance, count[:, None])
         rstd = torch.rsqrt(variance + self.eps)
-        parameters = (self.norm_weight, self.norm_bias, self.weight2, self.bias2)
-        return Selector.apply(hidden, ends, mean, rstd, *map(precise, parameters), own)
+        parameters = map(precise, (self.norm_weight, self.norm_bias, self.weight2, self.bias2))
+        return Selector.apply(rows, order, ends, self.weight1, hidden, mean, rstd, *parameters, own)
 
     def _first(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The first product of rows sorted by class, without ``bias1``."""
@@ -201,12 +203,17 @@ def can_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def in_autocast(rows: Tensor) -> Tensor:
-    """``rows`` in the dtype that autocast has for matrix products; float64, or without autocast, as they are."""
+def product_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype in which rows are multiplied: that of autocast; float64, or without autocast, their own."""
     device = rows.device.type
     if rows.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return rows
-    return rows.to(torch.get_autocast_dtype(device))
+        return rows.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def in_autocast(rows: Tensor) -> Tensor:
+    """``rows`` in their :func:`product_dtype`."""
+    return rows.to(product_dtype(rows))
 
 
 def precise(rows: Tensor) -> Tensor:

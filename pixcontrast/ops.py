@@ -115,15 +115,24 @@ if available():
     def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
         return left.new_empty((ends.shape[0], left.shape[1], right.shape[1]))
 
-    @torch.library.register_fake("pixcontrast::selector_statistics")
-    def _(hidden: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        mean = hidden.new_empty((ends.shape[0], hidden.shape[1]), dtype=_accumulation(hidden))
-        return mean, torch.empty_like(mean)
+    @torch.library.register_fake("pixcontrast::sort_by_class")
+    def _(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(labels), labels.new_empty(classes)
+
+    @torch.library.register_fake("pixcontrast::selector_hidden")
+    def _(
+        rows: Tensor, order: Tensor, ends: Tensor, first: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = rows.new_empty((order.shape[0], first.shape[1]), dtype=dtype)
+        mean = rows.new_empty(first.shape[:2], dtype=_accumulation(hidden))
+        return hidden, mean, torch.empty_like(mean)
 
     @torch.library.register_fake("pixcontrast::selector")
     def _(
-        hidden: Tensor,
+        rows: Tensor,
+        order: Tensor,
         ends: Tensor,
+        hidden: Tensor,
         mean: Tensor,
         rstd: Tensor,
         norm_weight: Tensor,
@@ -131,22 +140,27 @@ if available():
         weight: Tensor,
         bias: Tensor,
     ) -> Tensor:
-        return bias.new_empty(hidden.shape[:1])
+        return bias.new_empty(rows.shape[:1])
 
     @torch.library.register_fake("pixcontrast::selector_backward")
     def _(
         grad: Tensor,
-        hidden: Tensor,
+        rows: Tensor,
+        order: Tensor,
         ends: Tensor,
+        first: Tensor,
+        hidden: Tensor,
         mean: Tensor,
         rstd: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
         weight: Tensor,
         own: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        sums = [mean.new_empty(mean.shape) for _ in range(3)]
-        return hidden.new_empty(hidden.shape), sums[0], sums[1], sums[2], mean.new_empty(ends.shape)
+        rows_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        norm_weight, norm_bias, weight = (mean.new_empty(mean.shape) for _ in range(3))
+        of_rows, of_first = rows.new_empty(rows.shape if rows_grad else 0), first.new_empty(first.shape)
+        return of_rows, of_first, norm_weight, norm_bias, weight, mean.new_empty(ends.shape)
 
     @torch.library.register_fake("pixcontrast::infonce")
     def _(

@@ -216,6 +216,25 @@ def test_bfloat16_without_its_instruction(capability: str) -> None:
     assert done.stdout.strip() in (capability, "avx2", "baseline")  # or what the machine has
 
 
+def worst_error() -> float:
+    """Largest deviation of loss and gradient from the reference in float64, over few and many keys."""
+    worst = 0.0
+    for case in (*map(random_case, range(40)), large_case(torch.float64), large_case(torch.float64, queue=False)):
+        (expected, expected_grad), (output, grad) = (case.run(backend) for backend in BACKENDS)
+        scale = max(float(expected_grad.abs().max()), 1e-3 * float(expected.loss) / case.temperature)
+        worst = max(worst, float((output.loss - expected.loss).abs() / expected.loss.clamp_min(1e-300)))
+        worst = max(worst, float((grad - expected_grad).abs().max() / max(scale, 1e-300)))
+    return worst
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_every_instruction_set_agrees(capability: str) -> None:
+    environment = os.environ | {"PIXCONTRAST_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parent)}
+    code = "import test_infonce; print(test_infonce.worst_error())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1e-12
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue", [True, False])
 def test_large_norms_and_small_temperatures_stay_finite(queue: bool, backend: str) -> None:

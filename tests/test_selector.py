@@ -1,4 +1,4 @@
-"""The operators behind the first product of the class selectors, against PyTorch's functions class by class."""
+"""The operators of the class selectors, against PyTorch's functions class by class."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from torch.nn.functional import batch_norm, leaky_relu
 
 from pixcontrast.functions import Selector
 
-MEMBERS = (300, 0, 1, 129, 2)  # rows of each class: several blocks, none, one, one block and a row, two
+MEMBERS = (300, 0, 1, 129, 2100, 2)  # rows of each class: several blocks, none, one, two blocks, two sums, two
+NO_CLASS = 5  # rows
 EPS = 1e-5
-NAMES = ("hidden", "mean", "norm_weight", "norm_bias", "weight", "bias")
+NAMES = ("rows", "first", "mean", "norm_weight", "norm_bias", "weight", "bias")
 Results = dict[str, Tensor]
 
 
-def inputs(dtype: torch.dtype, dim: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Leaves, and the incoming gradient ``[P]``. The rows are far from zero: careless sums of squares would show."""
+def inputs(dtype: torch.dtype, dim: int, width: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Leaves, labels ``[N]`` and the incoming gradient ``[N]``. Hidden rows are far from zero, beside their spread:
+    careless sums of squares would show."""
     g = torch.Generator().manual_seed(dim)
-    shape = (len(MEMBERS), dim)
-    hidden = (torch.randn(sum(MEMBERS), dim, generator=g).double() + 20).to(dtype)
+    labels = torch.arange(-1, len(MEMBERS)).repeat_interleave(torch.tensor([NO_CLASS, *MEMBERS]))
+    labels = labels[torch.randperm(len(labels), generator=g)]
+    shape = (len(MEMBERS), width)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = (0.1 * torch.randn(len(labels), dim, generator=g).double() + 1).to(dtype)
+    first = torch.randn(len(MEMBERS), width, dim, generator=g).to(dtype)
     numbers = [torch.randn(shape, generator=g).to(sums) for _ in range(4)]
-    leaves = [hidden, 20 + numbers[0], *numbers[1:], torch.randn(len(MEMBERS), generator=g).to(sums)]
-    grad = torch.randn(sum(MEMBERS), generator=g).to(sums)
-    return dict(zip(NAMES, leaves, strict=True)), grad
+    leaves = [rows, first, *numbers, torch.randn(len(MEMBERS), generator=g).to(sums)]
+    return dict(zip(NAMES, leaves, strict=True)), labels, torch.randn(len(labels), generator=g).to(sums)
 
 
 def differentiated(scores: Tensor, leaves: dict[str, Tensor], grad: Tensor) -> Results:
@@ -37,63 +41,87 @@ def differentiated(scores: Tensor, leaves: dict[str, Tensor], grad: Tensor) -> R
     return {"scores": scores.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def by_operators(values: dict[str, Tensor], grad: Tensor) -> Results:
+def by_operators(
+    values: dict[str, Tensor], labels: Tensor, grad: Tensor, product: torch.dtype | None = None
+) -> Results:
+    """``product``: the dtype of the first product, if it is not that of the rows."""
     leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
-    ends = torch.tensor(MEMBERS).cumsum(0)
-    mean, variance = torch.ops.pixcontrast.selector_statistics(leaves["hidden"].detach(), ends)
+    rows, first = leaves["rows"], leaves["first"]
+    order, ends = torch.ops.pixcontrast.sort_by_class(labels, len(MEMBERS))
+    order = order[: ends[-1]]
+    hidden, mean, variance = torch.ops.pixcontrast.selector_hidden(
+        rows.detach(), order, ends, first.detach(), product or rows.dtype
+    )
     own = torch.tensor(MEMBERS) >= 2
     mean = torch.where(own[:, None], mean, leaves["mean"])
     rstd = torch.rsqrt(torch.where(own[:, None], variance, 1) + EPS)
-    parameters = [leaves[name] for name in NAMES[2:]]
-    return differentiated(Selector.apply(leaves["hidden"], ends, mean, rstd, *parameters, own), leaves, grad)
+    parameters = [leaves[name] for name in NAMES[3:]]
+    scores = Selector.apply(rows, order, ends, first, hidden, mean, rstd, *parameters, own)
+    return differentiated(scores, leaves, grad)
 
 
-def by_modules(values: dict[str, Tensor], grad: Tensor) -> Results:
+def by_modules(values: dict[str, Tensor], labels: Tensor, grad: Tensor) -> Results:
     leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
-    scores = []
-    for c, rows in enumerate(leaves["hidden"].to(grad.dtype).split(MEMBERS)):
-        mean, norm_weight, norm_bias, weight, bias = (leaves[name][c] for name in NAMES[1:])
-        if len(rows) >= 2:
-            normed = batch_norm(rows, None, None, norm_weight, norm_bias, True, eps=EPS)
+    scores = torch.zeros_like(grad)
+    for c in range(len(MEMBERS)):
+        member = labels == c
+        mean, norm_weight, norm_bias, weight, bias = (leaves[name][c] for name in NAMES[2:])
+        hidden = (leaves["rows"][member] @ leaves["first"][c].t()).to(grad.dtype)
+        if MEMBERS[c] >= 2:
+            normed = batch_norm(hidden, None, None, norm_weight, norm_bias, True, eps=EPS)
         else:
-            normed = (rows - mean) * (1 + EPS) ** -0.5 * norm_weight + norm_bias
-        scores.append(leaky_relu(normed, 0.2) @ weight + bias)
-    return differentiated(torch.cat(scores), leaves, grad)
+            normed = (hidden - mean) * (1 + EPS) ** -0.5 * norm_weight + norm_bias
+        scores = scores.masked_scatter(member, leaky_relu(normed, 0.2) @ weight + bias)
+    return differentiated(scores, leaves, grad)
 
 
 def errors(results: Results, truth: Results) -> dict[str, float]:
     return {n: float((results[n].double() - t).abs().max() / t.abs().max()) for n, t in truth.items()}
 
 
-def errors_of(run: object, dtype: torch.dtype, dim: int) -> dict[str, float]:
-    values, grad = inputs(dtype, dim)
-    truth = by_modules({name: value.double() for name, value in values.items()}, grad.double())
-    return errors(run(values, grad), truth)  # type: ignore[operator]
+def errors_of(run: object, dtype: torch.dtype, dim: int, width: int, **options: object) -> dict[str, float]:
+    values, labels, grad = inputs(dtype, dim, width)
+    truth = by_modules({name: value.double() for name, value in values.items()}, labels, grad.double())
+    return errors(run(values, labels, grad, **options), truth)  # type: ignore[operator]
+
+
+# beyond whole vectors of every instruction set, and nowhere near one
+SIZES = [(64, 70), (70, 64), (17, 33), (1, 1)]
 
 
 def worst(dtype: torch.dtype = torch.float64) -> float:
-    # 70: beyond whole vectors of every instruction set
-    return max(max(errors_of(by_operators, dtype, dim).values()) for dim in (1, 64, 70))
+    return max(max(errors_of(by_operators, dtype, *size).values()) for size in SIZES)
 
 
 def test_agrees_with_modules_in_float64() -> None:
     assert worst() < 1e-12
 
 
+@pytest.mark.parametrize("size", SIZES[:3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounding_errors_are_no_larger_than_those_of_the_modules(dtype: torch.dtype) -> None:
-    allowed = errors_of(by_modules, dtype, 70)
-    for name, error in errors_of(by_operators, dtype, 70).items():
-        assert error <= 3 * allowed[name] + torch.finfo(dtype if name == "hidden" else torch.float32).eps, name
+def test_rounding_errors_are_no_larger_than_those_of_the_modules(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    allowed = errors_of(by_modules, dtype, *size)
+    for name, error in errors_of(by_operators, dtype, *size).items():
+        assert error <= 3 * allowed[name] + torch.finfo(dtype if name in ("rows", "first") else torch.float32).eps, name
+
+
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float16])
+def test_rows_of_float32_may_be_multiplied_in_less(product: torch.dtype) -> None:
+    values, labels, grad = inputs(torch.float32, 70, 64)
+    rounded = values | {name: values[name].to(product) for name in ("rows", "first")}
+    expected, result = by_operators(rounded, labels, grad), by_operators(values, labels, grad, product)
+    for name, value in result.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value.to(expected[name].dtype), expected[name]), name
 
 
 def test_same_bits_with_any_number_of_threads() -> None:
-    values, grad = inputs(torch.float32, 70)
+    values, labels, grad = inputs(torch.float32, 70, 64)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(by_operators(values, grad))
+            results.append(by_operators(values, labels, grad))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
@@ -109,17 +137,51 @@ def test_every_instruction_set_agrees(capability: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck(dtype: torch.dtype) -> None:
-    values, grad = inputs(dtype, 16)
-    ends, own = torch.tensor(MEMBERS).cumsum(0), torch.tensor(MEMBERS) >= 2
+    values, labels, grad = inputs(dtype, 16, 24)
     library = torch.ops.pixcontrast
-    torch.library.opcheck(library.selector_statistics.default, (values["hidden"], ends))
-    of_classes = [values[name] for name in NAMES[2:]]
-    shared = (values["hidden"], ends, values["mean"], torch.ones_like(values["mean"]), *of_classes[:3])
-    torch.library.opcheck(library.selector.default, (*shared, of_classes[3]))
-    torch.library.opcheck(library.selector_backward.default, (grad, *shared, own))
+    torch.library.opcheck(library.sort_by_class.default, (labels, len(MEMBERS)))
+    order, ends = library.sort_by_class(labels, len(MEMBERS))
+    rows, order = values["rows"], order[: ends[-1]]
+    torch.library.opcheck(library.selector_hidden.default, (rows, order, ends, values["first"], dtype))
+    hidden, mean, _ = library.selector_hidden(rows, order, ends, values["first"], dtype)
+    norm = (hidden, mean, torch.ones_like(mean), *(values[name] for name in NAMES[3:6]))
+    torch.library.opcheck(library.selector.default, (rows, order, ends, *norm, values["bias"]))
+    own = torch.tensor(MEMBERS) >= 2
+    for rows_grad in (True, False):
+        torch.library.opcheck(
+            library.selector_backward.default, (grad, rows, order, ends, values["first"], *norm, own, rows_grad)
+        )
 
 
-@pytest.mark.parametrize("ends", [[300, 300, 301, 430, 431], [300, 200, 301, 430, 432], [-1, 300, 301, 430, 432]])
-def test_ends_out_of_bounds_are_refused(ends: list[int]) -> None:
-    with pytest.raises(ValueError, match="ends"):
-        torch.ops.pixcontrast.selector_statistics(torch.zeros(432, 8), torch.tensor(ends))
+def test_rows_are_sorted_by_class() -> None:
+    labels = torch.tensor([2, 255, 0, 2, -1, 0, 3])
+    order, ends = torch.ops.pixcontrast.sort_by_class(labels, 4)
+    assert order.tolist() == [2, 5, 0, 3, 6, 1, 4] and ends.tolist() == [2, 2, 4, 5]
+    order, ends = torch.ops.pixcontrast.sort_by_class(labels[:0], 2)
+    assert order.tolist() == [] and ends.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("order", "ends", "named"),
+    [
+        ([0, 1, 2], [1, 0, 3], "ends must ascend"),
+        ([0, 1, 2], [-1, 1, 3], "ends must ascend"),
+        ([0, 1, 2], [1, 2, 2], "the last of ends"),
+        ([0, 1, 4], [1, 2, 3], "order must name rows once, got 4"),
+        ([0, -1, 2], [1, 2, 3], "order must name rows once, got -1"),
+        ([0, 2, 2], [1, 2, 3], "order must name rows once, got 2"),
+    ],
+)
+def test_places_out_of_bounds_are_refused(order: list[int], ends: list[int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        torch.ops.pixcontrast.selector_hidden(
+            torch.zeros(4, 8), torch.tensor(order), torch.tensor(ends), torch.zeros(3, 5, 8), torch.float32
+        )
+
+
+def test_dtypes_that_no_product_takes_are_refused() -> None:
+    order, ends = torch.arange(4), torch.tensor([4])
+    with pytest.raises(TypeError, match="rows must be Float, got"):
+        torch.ops.pixcontrast.selector_hidden(
+            torch.zeros(4, 8, dtype=torch.float16), order, ends, torch.zeros(1, 5, 8), torch.float32
+        )

@@ -26,12 +26,6 @@ struct RowKernels {
   // score[i] = sigma(logit[i]) / exp(shift[i]), without shift (null): sigma(logit[i]). With min(largest logit of the
   // class, 0) as shift, the largest score of a class never underflows.
   void (*score)(const A* logit, const A* shift, int64_t count, A* score);
-  // Largest of z [count], count > 0.
-  A (*largest)(const A* z, int64_t count);
-  // z [count] = e^(scale z - shift), for shift >= scale z; returns their sum.
-  A (*exponentials)(A* z, int64_t count, A scale, A shift);
-  // z [count] = sigma(away - scale z); returns their sum, and adds the sum of log(1 + e^(away - scale z)) to *softplus.
-  A (*positives)(A* z, int64_t count, A scale, A away, A* softplus);
   // sum [D] += (x - centre)^2
   void (*add_squares)(const A* x, const A* centre, int64_t dim, A* sum);
   // <weight [D], leaky(y)>

@@ -1,7 +1,8 @@
-// Included by row_kernels.cpp once for each instruction set, inside a namespace of its own, with
-//   PIXCONTRAST_TARGET  the target attribute of every function
-//   PIXCONTRAST_BYTES   the width of a vector
-//   stream()            store of one vector past the caches
+// Included by kernels.cpp once for each instruction set, inside a namespace of its own, with
+//   PIXCONTRAST_TARGET     the target attribute of every function
+//   PIXCONTRAST_BYTES      the width of a vector
+//   PIXCONTRAST_REGISTERS  the number of vectors that the processor holds
+//   stream()               store of one vector past the caches
 // No include guard, no includes: the same text makes every version.
 
 template <class A>
@@ -12,12 +13,30 @@ struct Vector {
   typedef A loose __attribute__((vector_size(PIXCONTRAST_BYTES), aligned(alignof(A)), may_alias));
 };
 
+#define PIXCONTRAST_INLINE PIXCONTRAST_TARGET __attribute__((always_inline)) inline
 #define LOAD(pointer) (*reinterpret_cast<const typename Vector<A>::loose*>(pointer))
 #define STORE(pointer, value) (*reinterpret_cast<typename Vector<A>::loose*>(pointer) = (value))
 
+// Of the first `count` lanes only, where there are more; the others are zero.
+template <class A>
+PIXCONTRAST_INLINE typename Vector<A>::type load_some(const A* from, int64_t count) {
+  if (count >= Vector<A>::lanes) return LOAD(from);
+  typename Vector<A>::type some{};
+  for (int64_t lane = 0; lane < count; ++lane) some[lane] = from[lane];
+  return some;
+}
+template <class A>
+PIXCONTRAST_INLINE void store_some(A* to, int64_t count, typename Vector<A>::type some) {
+  if (count >= Vector<A>::lanes) {
+    STORE(to, some);
+    return;
+  }
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = some[lane];
+}
+
 // Halves are added to halves: a chain of log2(lanes) additions instead of one for each lane.
 template <class A>
-PIXCONTRAST_TARGET __attribute__((always_inline)) inline A sum_of(typename Vector<A>::type v) {
+PIXCONTRAST_INLINE A sum_of(typename Vector<A>::type v) {
   A part[Vector<A>::lanes];
   STORE(part, v);
   for (int64_t half = Vector<A>::lanes / 2; half > 0; half /= 2) {
@@ -59,8 +78,7 @@ PIXCONTRAST_TARGET void square_and_dot(const A* x, const A* y, int64_t dim, A* s
 }
 
 template <bool Stream, bool Sum, class A>
-PIXCONTRAST_TARGET __attribute__((always_inline)) inline void combine_as(A alpha, const A* y, A beta, const A* x,
-                                                                         int64_t dim, A* out, A gamma, A* sum) {
+PIXCONTRAST_INLINE void combine_as(A alpha, const A* y, A beta, const A* x, int64_t dim, A* out, A gamma, A* sum) {
   using V = Vector<A>;
   int64_t d = 0;
   for (; d + V::lanes <= dim; d += V::lanes) {
@@ -124,15 +142,20 @@ PIXCONTRAST_TARGET void add_unit_rows(const A* x, const A* share, int64_t rows, 
   }
 }
 
-// e^x for x <= 0. The library's for double; for float a polynomial that the compiler can vectorise, within 2 ulp:
-// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, and e^r from the Taylor series (its rest is below 1e-8).
-PIXCONTRAST_TARGET __attribute__((always_inline)) inline double exp_nonpositive(double x) { return std::exp(x); }
-PIXCONTRAST_TARGET __attribute__((always_inline)) inline float exp_nonpositive(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float e = 1.0f / 5040;
+// e^x for x <= 0. The library's for double; for float a polynomial, within 2 ulp: e^x = 2^n e^r with n = round(x / ln
+// 2), |r| <= ln(2)/2, and e^r from the Taylor series (its rest is below 1e-8).
+PIXCONTRAST_INLINE Vector<double>::type exp_nonpositive(Vector<double>::type x) {
+  for (int64_t lane = 0; lane < Vector<double>::lanes; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+PIXCONTRAST_INLINE Vector<float>::type exp_nonpositive(Vector<float>::type x) {
+  typedef Vector<float>::type V;
+  typedef int32_t Bits __attribute__((vector_size(PIXCONTRAST_BYTES)));
+  x = x < -87.0f ? V{} - 87.0f : x;
+  const V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer in the low bits
+  const V n = shifted - 12582912.0f;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  V e = V{} + 1.0f / 5040;
   e = e * r + 1.0f / 720;
   e = e * r + 1.0f / 120;
   e = e * r + 1.0f / 24;
@@ -140,30 +163,19 @@ PIXCONTRAST_TARGET __attribute__((always_inline)) inline float exp_nonpositive(f
   e = e * r + 0.5f;
   e = e * r + 1.0f;
   e = e * r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = ((bits - 0x4B400000) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return e * power;
+  return e * (V)((((Bits)shifted - 0x4B400000) + 127) << 23);
 }
 
-// sigma(x) / e^shift = e^(min(x,0) - shift) / (1 + e^-|x|)
-template <class A>
-PIXCONTRAST_TARGET __attribute__((always_inline)) inline A score_of(A x, A shift) {
-  const A e = exp_nonpositive((x < 0 ? x : A(0)) - shift);
-  return e / (A(1) + exp_nonpositive(x < 0 ? x : -x));
-}
-
+// sigma(logit) / e^shift = e^(min(logit, 0) - shift) / (1 + e^-|logit|)
 template <class A>
 PIXCONTRAST_TARGET void score(const A* logit, const A* shift, int64_t count, A* score) {
-  if (shift) {
-    for (int64_t i = 0; i < count; ++i) score[i] = score_of(logit[i], shift[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) {  // without shift the two exponentials are one
-      const A e = exp_nonpositive(logit[i] < 0 ? logit[i] : -logit[i]);
-      score[i] = (logit[i] < 0 ? e : A(1)) / (A(1) + e);
-    }
+  typedef typename Vector<A>::type V;
+  const V zero{};
+  for (int64_t i = 0; i < count; i += Vector<A>::lanes) {
+    const V x = load_some(logit + i, count - i), e = exp_nonpositive(x < 0 ? x : -x);
+    V above = x < 0 ? e : zero + 1;  // without shift the two exponentials are one
+    if (shift) above = exp_nonpositive((x < 0 ? x : zero) - load_some(shift + i, count - i));
+    store_some(score + i, count - i, V(above / (1 + e)));
   }
 }
 
@@ -179,51 +191,6 @@ PIXCONTRAST_TARGET A sum(const A* x, int64_t count) {
   }
   A total = sum_of<A>(s0 + s1);
   for (; i < count; ++i) total += x[i];
-  return total;
-}
-
-template <class A>
-PIXCONTRAST_TARGET A largest(const A* z, int64_t count) {
-  constexpr int64_t strands = 4 * Vector<A>::lanes;
-  A top[strands];
-  for (int64_t k = 0; k < strands; ++k) top[k] = z[0];
-  int64_t i = 0;
-  for (; i + strands <= count; i += strands) {
-    for (int64_t k = 0; k < strands; ++k) top[k] = z[i + k] > top[k] ? z[i + k] : top[k];
-  }
-  for (; i < count; ++i) top[0] = z[i] > top[0] ? z[i] : top[0];
-  for (int64_t k = 1; k < strands; ++k) top[0] = top[k] > top[0] ? top[k] : top[0];
-  return top[0];
-}
-
-template <class A>
-PIXCONTRAST_TARGET A exponentials(A* z, int64_t count, A scale, A shift) {
-  for (int64_t i = 0; i < count; ++i) z[i] = exp_nonpositive(z[i] * scale - shift);
-  return sum(z, count);
-}
-
-template <class A>
-PIXCONTRAST_TARGET A positives(A* z, int64_t count, A scale, A away, A* softplus) {
-  // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); the factors 1 + e^-|x| lie in (1, 2], so many have one logarithm
-  // together
-  constexpr int64_t block = 64;
-  A total = 0;
-  for (int64_t first = 0; first < count; first += block) {
-    const int64_t size = count - first < block ? count - first : block;
-    A factor[block], above[block];
-    A* const x = z + first;
-    for (int64_t i = 0; i < size; ++i) {
-      const A difference = away - x[i] * scale, distance = difference < 0 ? -difference : difference;
-      const A e = exp_nonpositive(-distance);
-      above[i] = difference < 0 ? A(0) : difference;
-      factor[i] = A(1) + e;
-      x[i] = (difference < 0 ? e : A(1)) / (A(1) + e);
-    }
-    A product = 1;
-    for (int64_t i = 0; i < size; ++i) product *= factor[i];
-    *softplus += sum(above, size) + std::log(product);
-    total += sum(x, size);
-  }
   return total;
 }
 
@@ -271,9 +238,5 @@ PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, A grad, 
 }
 
 template <class A>
-const RowKernels<A> table = {square_and_dot<A>, combine<A>,   accumulate<A>,   add_unit_rows<A>,
-                             score<A>,          largest<A>,   exponentials<A>, positives<A>,
-                             add_squares<A>,    leaky_dot<A>, leaky_sums<A>,   leaky_backward<A>};
-
-#undef LOAD
-#undef STORE
+const RowKernels<A> row_table = {square_and_dot<A>, combine<A>,   accumulate<A>, add_unit_rows<A>, score<A>,
+                                 add_squares<A>,    leaky_dot<A>, leaky_sums<A>, leaky_backward<A>};

@@ -6,8 +6,21 @@
 #include <vector>
 
 #include "../positive.h"
+#include "bf16.h"
 
 namespace pixcontrast::cpu {
+
+// to [count] = numbers of another dtype.
+template <class From, class To>
+void convert(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, c10::BFloat16>) {
+    if (has_bf16()) return round(from, count, to);
+  }
+  if constexpr (std::is_same_v<From, c10::BFloat16> && std::is_same_v<To, float>) {
+    if (has_bf16()) return widen(from, count, to);
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+}
 
 // Room for one row, or some that follow each other; what is stored in the right dtype is read and written in place.
 template <class T>
@@ -22,7 +35,7 @@ class RowBuffer {
   // The first `count` numbers only.
   const A* read(const T* row, int64_t count) {
     if constexpr (in_place) return row;
-    for (int64_t d = 0; d < count; ++d) room_[d] = static_cast<A>(row[d]);
+    convert(row, count, room_.data());
     return room_.data();
   }
 
@@ -32,9 +45,7 @@ class RowBuffer {
     return room_.data();
   }
   void write(T* row) {
-    if constexpr (!in_place) {
-      for (int64_t d = 0; d < dim_; ++d) row[d] = static_cast<T>(room_[d]);
-    }
+    if constexpr (!in_place) convert(room_.data(), dim_, row);
   }
 
  private:

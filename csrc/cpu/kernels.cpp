@@ -1,8 +1,10 @@
-#include "row_kernels.h"
-
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
+
+#include "pair_kernels.h"
+#include "row_kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,33 +18,42 @@ namespace pixcontrast::cpu {
 #define PIXCONTRAST_TARGET \
   __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")))
 #define PIXCONTRAST_BYTES 64
+#define PIXCONTRAST_REGISTERS 32
 namespace avx512 {
 PIXCONTRAST_TARGET inline void stream(float* to, __m512 value) { _mm512_stream_ps(to, value); }
 PIXCONTRAST_TARGET inline void stream(double* to, __m512d value) { _mm512_stream_pd(to, value); }
-#include "row_kernels_impl.h"
+#include "pair_kernels_impl.h"  // and row_kernels_impl.h
 }  // namespace avx512
 #undef PIXCONTRAST_TARGET
 #undef PIXCONTRAST_BYTES
+#undef PIXCONTRAST_REGISTERS
 
 #define PIXCONTRAST_TARGET __attribute__((target("avx2,fma")))
 #define PIXCONTRAST_BYTES 32
+#define PIXCONTRAST_REGISTERS 16
 namespace avx2 {
 PIXCONTRAST_TARGET inline void stream(float* to, __m256 value) { _mm256_stream_ps(to, value); }
 PIXCONTRAST_TARGET inline void stream(double* to, __m256d value) { _mm256_stream_pd(to, value); }
-#include "row_kernels_impl.h"
+#include "pair_kernels_impl.h"  // and row_kernels_impl.h
 }  // namespace avx2
 #undef PIXCONTRAST_TARGET
 #undef PIXCONTRAST_BYTES
+#undef PIXCONTRAST_REGISTERS
 #endif
 
 #define PIXCONTRAST_TARGET
 #define PIXCONTRAST_BYTES 16
+#if defined(__x86_64__)
+#define PIXCONTRAST_REGISTERS 16
+#else
+#define PIXCONTRAST_REGISTERS 32
+#endif
 namespace baseline {
 template <class A, class V>
 inline void stream(A* to, V value) {
   *reinterpret_cast<V*>(to) = value;
 }
-#include "row_kernels_impl.h"
+#include "pair_kernels_impl.h"  // and row_kernels_impl.h
 }  // namespace baseline
 
 namespace {
@@ -75,16 +86,28 @@ const char* capability() {
   return found;
 }
 
+#if defined(__x86_64__)
+#define FOR_THIS_MACHINE(table)                                   \
+  std::strncmp(capability(), "avx512", 6) == 0 ? avx512::table<A> \
+  : std::strcmp(capability(), "avx2") == 0     ? avx2::table<A>   \
+                                               : baseline::table<A>
+#else
+#define FOR_THIS_MACHINE(table) baseline::table<A>
+#endif
+
 template <class A>
 const RowKernels<A>& row_kernels() {
-#if defined(__x86_64__)
-  if (std::strncmp(capability(), "avx512", 6) == 0) return avx512::table<A>;
-  if (std::strcmp(capability(), "avx2") == 0) return avx2::table<A>;
-#endif
-  return baseline::table<A>;
+  return FOR_THIS_MACHINE(row_table);
+}
+
+template <class A>
+const PairKernels<A>& pair_kernels() {
+  return FOR_THIS_MACHINE(pair_table);
 }
 
 template const RowKernels<float>& row_kernels<float>();
 template const RowKernels<double>& row_kernels<double>();
+template const PairKernels<float>& pair_kernels<float>();
+template const PairKernels<double>& pair_kernels<double>();
 
 }  // namespace pixcontrast::cpu
