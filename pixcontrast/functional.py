@@ -70,6 +70,8 @@ def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, ba
         weights = weights.to(reference.accumulation_dtype(queue.dtype))
     queue = queue.detach()
     if uses_extension(backend, queue.device, queue.dtype):
+        if weights is None:  # nothing to differentiate
+            return torch.ops.pixcontrast.memory_mean(queue, counts, None)
         return MemoryMean.apply(queue, counts, weights)
     return reference.memory_mean(queue, counts, weights)
 

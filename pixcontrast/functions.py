@@ -159,13 +159,17 @@ def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], incoming: Tensor) -
     They are scaled in place, unless the graph is kept and they will be asked for again. A CPU looks whether there is
     anything to do; on CUDA the kernel does, because looking would mean waiting.
     """
-    return [_times(grad, incoming) if need else None for need, grad in zip(needed, grads, strict=True)]
+    wanted = [grad if need else None for need, grad in zip(needed, grads, strict=True)]
+    keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if not keep and incoming.device.type == "cpu" and incoming.item() == 1:
+        return wanted
+    return [None if grad is None else _times(grad, incoming, keep) for grad in wanted]
 
 
-def _times(grad: Tensor, incoming: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+def _times(grad: Tensor, incoming: Tensor, keep: bool) -> Tensor:
+    if keep:
         return grad * incoming.to(grad.dtype)
     if incoming.device.type == "cpu":
-        return grad if incoming.item() == 1 else grad.mul_(incoming.to(grad.dtype))
+        return grad.mul_(incoming.to(grad.dtype))
     torch.ops.pixcontrast.scale_(grad, incoming)
     return grad
