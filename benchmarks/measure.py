@@ -24,7 +24,8 @@ class Effort:
         rounds: each contender has one turn in a round.
         seconds: after its share of these, a contender that has had three turns has no more.
         memory: whether to measure peak memory, each in a fresh process.
-        patience: seconds; a contender whose step takes longer has two turns, and its memory is that of its first step.
+        patience: seconds; a contender whose step takes longer has two turns of one call, and its memory is that of its
+            first step.
     """
 
     rounds: int = 20
@@ -123,7 +124,11 @@ def _time(
     """Fill in times, ratios and the floor."""
     ceilings = Ceilings(problem.work(), device)
     times = interleaved(
-        {**ceilings.steps, **steps}, clock_of(device), effort, lambda: progress(f"{outcome.case}: timing")
+        {**ceilings.steps, **steps},
+        clock_of(device),
+        effort,
+        problem.forget_gradients,
+        lambda: progress(f"{outcome.case}: timing"),
     )
     copies, products = times.pop("copy"), times.pop("matmul")
     floors = [ceilings.floor(copy, product) for copy, product in zip(copies, products, strict=False)]
@@ -142,7 +147,11 @@ def _time(
 
 
 def interleaved(
-    steps: Mapping[str, Step], clock: Clock, effort: Effort, after_round: Callable[[], None]
+    steps: Mapping[str, Step],
+    clock: Clock,
+    effort: Effort,
+    before_turn: Callable[[], None] = lambda: None,
+    after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each step, one number for each round that it took part in.
 
@@ -151,19 +160,23 @@ def interleaved(
     """
     calls, rounds, ready = {}, {}, {}
     for name, step in steps.items():
+        before_turn()
         ready[name] = clock.prepare(step)
-        cost = clock.seconds(ready[name])  # also warms up
-        calls[name] = min(max(int(0.1 / cost), 1), 7)
+        cost = clock.seconds(ready[name])  # with what only the first call does
+        patient = cost <= effort.patience
+        if patient:
+            cost = clock.seconds(ready[name])
+        calls[name] = min(max(int(0.1 / cost), 2), 7) if patient else 1
         share = effort.seconds / len(steps)
-        least = 2 if cost > effort.patience else 3
-        rounds[name] = min(max(int(share / (cost * calls[name])), least), effort.rounds)
+        rounds[name] = min(max(int(share / (cost * calls[name])), 3 if patient else 2), effort.rounds)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(max(rounds.values(), default=0)):
         for name, step in ready.items():
             if number < rounds[name]:
+                before_turn()
                 turn = [clock.seconds(step) for _ in range(calls[name])]
                 # the first calls of a turn find caches and heap as another step left them
-                times[name].append(statistics.median(turn[2:] if len(turn) > 4 else turn))
+                times[name].append(statistics.median(turn[len(turn) // 2 :]))
         after_round()
     return times
 

@@ -12,7 +12,6 @@ import torch
 from pixcontrast import ops
 
 from .cases import CASES, Case
-from .problem import Problem
 from .released import Checkouts
 
 
@@ -39,7 +38,7 @@ def _measure(case_name: str, contender: str, device: str, checkouts: Checkouts, 
     step = case.contenders_of(problem, checkouts)[contender](problem)
     if warm:
         step()
-        _forget_gradients(problem)
+        problem.forget_gradients()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -55,11 +54,6 @@ def _measure(case_name: str, contender: str, device: str, checkouts: Checkouts, 
     before = _resident("VmRSS")
     step()
     return _resident("VmHWM") - before
-
-
-def _forget_gradients(problem: Problem) -> None:
-    for leaf in problem.leaves.values():
-        leaf.grad = None
 
 
 def _resident(field: str) -> float:

@@ -53,6 +53,11 @@ class Problem(ABC):
         """The rest of a training step: parts of it, and how often each counts in a whole one. Empty: there is none."""
         return []
 
+    def forget_gradients(self) -> None:
+        """What an earlier step left in the leaves goes, so that no later one pays for it."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
     def accepts(self, error: float) -> bool:
         return error <= TOLERANCE[self.dtype]
 
@@ -95,8 +100,7 @@ def forward_and_backward(loss: Callable[[Any], Tensor]) -> Contender:
 
 def differentiate(loss: Callable[[Any], Tensor], problem: Problem) -> Results:
     """``loss(problem)`` and the gradients of the problem's leaves."""
-    for leaf in problem.leaves.values():
-        leaf.grad = None
+    problem.forget_gradients()
     value = loss(problem)
     value.backward()
     gradients = {name: leaf.grad for name, leaf in problem.leaves.items() if leaf.grad is not None}

@@ -153,20 +153,40 @@ def test_the_clock_goes_on_while_a_step_sleeps() -> None:
 
 def test_contenders_take_turns_and_slow_ones_stop_early() -> None:
     calls: list[str] = []
+    seconds = {"fast": 0.001, "slow": 2.0, "glacial": 2.1}
 
     class Counting(CpuClock):
         def seconds(self, step: Step) -> float:
             step()
-            return {"fast": 0.001, "slow": 2.0, "glacial": 2.1}[calls[-1]]
+            return seconds[calls[-1]]
 
     def step_of(name: str) -> Step:
         return lambda: calls.append(name) or {}
 
-    names = ("fast", "slow", "glacial")
-    times = interleaved({n: step_of(n) for n in names}, Counting(), Effort(5, 1.0), lambda: None)
+    steps = {name: step_of(name) for name in seconds}
+    times = interleaved(steps, Counting(), Effort(5, 1.0), before_turn=lambda: calls.append("|"))
     assert {name: len(values) for name, values in times.items()} == {"fast": 5, "slow": 3, "glacial": 2}
-    turns = "".join({"fast": "F", "slow": "s", "glacial": "g"}[name] for name in calls[3:])  # after one trial each
-    assert turns == ("F" * 7 + "sg") * 2 + "F" * 7 + "s" + "F" * 14
+    turns = "".join({"fast": "F", "slow": "s", "glacial": "g", "|": "|"}[name] for name in calls)
+    trials, fast = "|FF|ss|g", "|" + 7 * "F"
+    assert turns == trials + (fast + "|ss|g") * 2 + fast + "|ss" + 2 * fast
+
+
+def test_the_first_calls_of_a_turn_do_not_count() -> None:
+    class Warming(CpuClock):
+        """The first three calls after a change of the contender are slow."""
+
+        def __init__(self) -> None:
+            self.last, self.number = "", 0
+
+        def seconds(self, step: Step) -> float:
+            (name,) = step()
+            self.number = self.number + 1 if name == self.last else 0
+            self.last = name
+            return 0.01 if self.number < 3 else 0.001
+
+    steps = {name: lambda name=name: {name: torch.zeros(())} for name in ("one", "other")}
+    times = interleaved(steps, Warming(), Effort(3, 100.0))
+    assert times == {"one": [0.001] * 3, "other": [0.001] * 3}
 
 
 def test_the_floor_is_the_slower_of_moving_and_multiplying() -> None:
