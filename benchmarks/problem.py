@@ -47,7 +47,7 @@ class Problem(ABC):
 
     @abstractmethod
     def error(self, results: Results) -> float:
-        """Largest deviation from float64, relative to the largest number of each result; infinite for nonsense."""
+        """Deviation from float64: the largest, relative to the largest number of each result; infinite for nonsense."""
 
     def surroundings(self) -> list[tuple[Step, float]]:
         """The rest of a training step: parts of it, and how often each counts in a whole one. Empty: there is none."""
@@ -77,14 +77,18 @@ class SettledProblem(Problem):
         return deviation(results, self._truth)
 
 
-def deviation(results: Results, truth: Results) -> float:
-    """Largest difference, relative to the largest true number, over all results; infinite where one is missing."""
+def largest(numbers: Tensor) -> Tensor:
+    return numbers.abs().max()
+
+
+def deviation(results: Results, truth: Results, size: Callable[[Tensor], Tensor] = largest) -> float:
+    """Size of the difference relative to that of the truth, the worst of all results; infinite where one is missing."""
     worst = 0.0
     for name, true in truth.items():
         if name not in results or results[name].shape != true.shape:
             return float("inf")
-        difference = (results[name].detach().to(true) - true).abs().max()
-        worst = max(worst, float(difference.nan_to_num(float("inf")) / true.abs().max()))
+        difference = size(results[name].detach().to(true) - true)
+        worst = max(worst, float(difference.nan_to_num(float("inf")) / size(true)))
     return worst
 
 

@@ -43,7 +43,7 @@ LEGEND = """\
 Forward and backward. The contenders of a case take turns in rounds; times are medians with 20 and 80 % quantiles,
 ratios medians of the ratios of the rounds. The floor is what moving the inputs and gradients once, and the matrix
 products, take at the rates measured in the same rounds. MiB: peak memory above the inputs. Error: largest deviation
-from float64, relative to the largest number of the result."""
+from float64, relative to the largest number of the result (whole training steps: in the Euclidean norm)."""
 
 
 def _of_case(outcome: Outcome) -> str:
@@ -53,8 +53,10 @@ def _of_case(outcome: Outcome) -> str:
     )
     if outcome.rest_ms:
         timed = [(row.contender, row.ms) for row in outcome.rows if row.ms]
+        floor += f"\nThe rest of a training step takes {milliseconds(outcome.rest_ms)} ms."
         shares = ", ".join(f"{ms / (ms + outcome.rest_ms):.1%} with {name}" for name, ms in timed)
-        floor += f"\nThe rest of a training step takes {milliseconds(outcome.rest_ms)} ms; the share of this: {shares}."
+        if shares:
+            floor += f" Share of the whole step: {shares}."
     return f"## {outcome.case}: {outcome.about}\n\n{floor}\n\n" + _table(
         ["contender", "ms (20–80 %)", "× the first", "× floor", "peak MiB", "error"],
         [_cells(row) for row in outcome.rows],

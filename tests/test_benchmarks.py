@@ -103,7 +103,9 @@ def test_the_share_of_a_training_step_is_told(monkeypatch) -> None:
     outcome = run({"pixcontrast": positive.CONTENDERS["pixcontrast"]})
     assert outcome.rest_ms is not None and outcome.rest_ms >= 80
     outcome = replace(outcome, rest_ms=60.0, rows=[replace(outcome.rows[0], ms=20.0)])
-    assert "takes 60 ms; the share of this: 25.0% with pixcontrast" in markdown(Report({}, [outcome]))
+    assert "takes 60 ms. Share of the whole step: 25.0% with pixcontrast." in markdown(Report({}, [outcome]))
+    outcome = replace(outcome, rows=[replace(outcome.rows[0], ms=None)])
+    assert "takes 60 ms.\n" in markdown(Report({}, [outcome]))
 
 
 def test_skipped_contenders_do_not_run() -> None:
@@ -215,6 +217,14 @@ def test_anchors_that_break_the_rule_are_noticed(contrast: bool) -> None:
         drawn_there = sampling.contenders(contrast)["best eager"](other)()
         assert other.error(drawn_there) < 1e-5
         assert not problem.accepts(problem.error(drawn_there))
+
+
+def test_a_wrong_gradient_of_a_whole_step_is_noticed() -> None:
+    problem, contenders = PROBLEMS["branch"]
+    results = contenders["pixcontrast"](problem)()
+    assert problem.accepts(problem.error(results))
+    for name in ("loss", "labelled", "unlabelled", "project.first.weight", "predict.last.weight"):
+        assert not problem.accepts(problem.error(results | {name: results[name] * 1.01}))
 
 
 def test_peak_memory_counts_the_gradient_but_not_the_inputs() -> None:
