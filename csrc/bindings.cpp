@@ -1,7 +1,7 @@
 // The Python module pixcontrast._C: loading it registers the operators; what else it has needs no dispatcher.
 #include <pybind11/pybind11.h>
 
-#include "cpu/gradient_memory.h"
+#include "cpu/kept_memory.h"
 #include "cpu/row_kernels.h"
 
 namespace py = pybind11;
@@ -19,6 +19,6 @@ PYBIND11_MODULE(_C, module) {
         return info;
       },
       "What the extension was built with, and the instruction set that it uses on this machine.");
-  module.def("release_memory", &pixcontrast::cpu::release_gradient_memory,
-             "Gives the memory that is kept for gradients on the CPU back to the system.");
+  module.def("release_memory", &pixcontrast::cpu::release_kept_memory,
+             "Gives the memory that operators on the CPU keep for large results back to the system.");
 }

@@ -8,7 +8,7 @@
 
 #include <optional>
 
-#include "cpu/gradient_memory.h"
+#include "cpu/kept_memory.h"
 #include "positive.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
@@ -65,12 +65,17 @@ inline FeatureLayout layout_of(const Tensor& features) {
           planes ? features.size(2) * features.size(3) : 0};
 }
 
+// Room for a result of the size of feature maps, from memory that is kept on CPUs.
+inline Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options,
+                        at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  if (!options.device().is_cpu()) return at::empty(sizes, options.memory_format(format));
+  return Tensor(at::detail::empty_generic(sizes, cpu::kept_memory(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                          at::typeMetaToScalarType(options.dtype()), format));
+}
+
 // Room for the gradient of features, laid out like them.
 inline Tensor empty_like_features(const Tensor& features) {
-  const auto format = format_of(features);
-  if (!features.is_cpu()) return at::empty_like(features, features.options().memory_format(format));
-  return Tensor(at::detail::empty_generic(features.sizes(), cpu::gradient_memory(),
-                                          c10::DispatchKeySet(c10::DispatchKey::CPU), features.scalar_type(), format));
+  return empty_map(features.sizes(), features.options().memory_format(std::nullopt), format_of(features));
 }
 
 // `t`, or an empty tensor where an operator has nothing to return.

@@ -214,11 +214,25 @@ void project_cpu(const Project<T>& args) {
   whole ? project_images(args, weight, bias, result) : project_tiles(args, weight, bias, result);
 }
 
+namespace {
+
+// Whether the gradient of rows without pixel is zero as it comes.
+template <class T>
+bool zero_in_holes(const ProjectBackward<T>& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const T* const row = args.grad + r * args.outputs;
+    const auto is_zero = [](T number) { return number == T(0); };
+    if (args.index[r] < 0 && !std::all_of(row, row + args.outputs, is_zero)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 template <class T>
 void project_backward_cpu(const ProjectBackward<T>& args) {
   Tensor grad = matrix(args.grad, args.rows, args.outputs);
-  const Tensor used = matrix(args.index, args.rows, 1) >= 0;
-  if (!used.all().template item<bool>()) grad = at::where(used, grad, 0);
+  if (!zero_in_holes(args)) grad = at::where(matrix(args.index, args.rows, 1) >= 0, grad, 0);
   const bool whole = std::is_same_v<T, Factor<T>> && in_order(args);
   if (args.grad_features) {
     const Tensor weight = weight_of(args.weight, args.outputs, args.layout.dim);

@@ -36,7 +36,7 @@ Tensor project(const Tensor& features_, const Tensor& index_, const Tensor& weig
   const auto features = features_.contiguous(format_of(features_));
   const auto index = index_.contiguous(), weight = weight_.contiguous();
   const auto bias = contiguous(bias_);
-  const auto result = at::empty({index.numel(), weight.size(0)}, weight.options());
+  const auto result = empty_map({index.numel(), weight.size(0)}, weight.options());
   const auto arguments = [&](auto number) {
     using T = decltype(number);
     return Project<T>{layout_of(features),  index.numel(),   weight.size(0), read<T>(features),

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "cpu/row_products.h"
 #include "positive.h"
 
 namespace pixcontrast {
@@ -20,28 +21,17 @@ struct SortedRows {
   int64_t classes;
   const int64_t* order;  // [P], each row at most once
   const int64_t* ends;   // [C], ascending, the last one P
-
-  int64_t begin(int64_t c) const { return c > 0 ? ends[c - 1] : 0; }
-  int64_t size(int64_t c) const { return ends[c] - begin(c); }
-};
-
-// A matrix that products take in the dtype T: it is stored so or, under autocast, in float32.
-template <class T>
-struct Source {
-  const void* numbers;
-  int64_t dim;
-  bool is_float;
 };
 
 template <class T>
 struct SelectorHidden {
   SortedRows sorted;
-  int64_t width;     // E
-  Source<T> rows;    // [N, D]
-  Source<T> first;   // [C * E, D]
-  T* hidden;         // [P, E]
-  Acc<T>* mean;      // [C, E], 0 for a class without rows
-  Acc<T>* variance;  // [C, E], divided by the number of rows
+  int64_t width;         // E
+  cpu::Source<T> rows;   // [N, D]
+  cpu::Source<T> first;  // [C * E, D]
+  T* hidden;             // [P, E]
+  Acc<T>* mean;          // [C, E], 0 for a class without rows
+  Acc<T>* variance;      // [C, E], divided by the number of rows
 };
 
 template <class T>
@@ -57,8 +47,8 @@ struct Selector {
   const Acc<T>* bias;         // [C]; forward only
   Acc<T>* score;              // [N] where there is a row; forward only
   // backward only
-  Source<T> rows;            // [N, D]
-  Source<T> first;           // [C * E, D]
+  cpu::Source<T> rows;       // [N, D]
+  cpu::Source<T> first;      // [C * E, D]
   const Acc<T>* grad_score;  // [N]
   const bool* own;           // [C] whether mean and rstd are those of the rows, or constants
   Acc<T>* grad_rows;         // [N, D] where there is a row, or null

@@ -14,47 +14,24 @@
 
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "cpu/blocks.h"
+#include "cpu/moments.h"
 #include "cpu/row_kernels.h"
-#include "cpu/rows.h"
+#include "cpu/row_products.h"
+#include "cpu/weight_sums.h"
 #include "selector.h"
-#include "selector_products.h"
 
 namespace pixcontrast {
 namespace {
 
-constexpr int64_t kBlockRows = SelectorProducts<float>::kMostRows;
+constexpr int64_t kBlockRows = cpu::RowProducts<float>::kMostRows;
 constexpr int64_t kPieceRows = 16 * kBlockRows;  // of one class, for one sum of dLoss/dfirst
 
-// Some of the rows of a class.
-struct Block {
-  int64_t c, begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// The rows of all classes in blocks of much the same size, at most `most`.
-std::vector<Block> blocks_of(const SortedRows& rows, int64_t most) {
-  std::vector<Block> blocks;
-  for (int64_t c = 0; c < rows.classes; ++c) {
-    const int64_t size = rows.size(c), count = (size + most - 1) / most;
-    for (int64_t k = 0; k < count; ++k) {
-      blocks.push_back({c, rows.begin(c) + size * k / count, rows.begin(c) + size * (k + 1) / count});
-    }
-  }
-  return blocks;
+std::vector<cpu::Block> blocks_of(const SortedRows& sorted, int64_t most) {
+  return cpu::blocks_of(sorted.classes, sorted.ends, most);
 }
 
-// body(number, block, what make() has made for the thread) for all blocks; each thread has about as many rows.
-template <class Make, class Body>
-void for_blocks(const std::vector<Block>& blocks, const Make& make, const Body& body) {
-  if (blocks.empty()) return;
-  at::parallel_for(0, blocks.back().end, 1, [&](int64_t first, int64_t last) {
-    auto own = make();
-    const auto before = [](const Block& block, int64_t row) { return block.begin < row; };
-    auto block = std::lower_bound(blocks.begin(), blocks.end(), first, before);
-    for (; block != blocks.end() && block->begin < last; ++block) body(block - blocks.begin(), *block, own);
-  });
-}
+int64_t size_of(const SortedRows& sorted, int64_t c) { return sorted.ends[c] - (c > 0 ? sorted.ends[c - 1] : 0); }
 
 // norm_weight * rstd [C, E]
 template <class T>
@@ -75,51 +52,26 @@ cpu::Norm<Acc<T>> norm_of(const Selector<T>& args, const std::vector<Acc<T>>& sc
 template <class T>
 void selector_hidden_cpu(const SelectorHidden<T>& args) {
   using A = Acc<T>;
-  const int64_t width = args.width;
-  const auto& kernels = cpu::row_kernels<A>();
+  const int64_t width = args.width, stride = cpu::padded(width);
   const auto blocks = blocks_of(args.sorted, kBlockRows);
-  std::vector<A> means(blocks.size() * width), squares(blocks.size() * width);  // [blocks, E], of the block
-  const int64_t stride = cpu::padded(width);
+  cpu::Moments<A> moments(blocks, width);
   struct Own {
-    SelectorProducts<T> products;
+    cpu::RowProducts<T> products;
     std::vector<A> hidden;
   };
-  const auto make = [&] {
-    return Own{SelectorProducts<T>(args.rows, args.first, width), std::vector<A>(kBlockRows * stride)};
-  };
-  for_blocks(blocks, make, [&](int64_t number, const Block& block, Own& own) {
-    own.products.load(args.sorted.order + block.begin, block.size());
-    own.products.hidden(block.c, own.hidden.data());
-    A *const mean = means.data() + number * width, *const square = squares.data() + number * width;
-    const A share = A(1) / A(block.size());
-    for (int64_t i = 0; i < block.size(); ++i) {  // the statistics are those of the rounded numbers
+  const auto make = [&] { return Own{cpu::RowProducts<T>(args.first, width), std::vector<A>(kBlockRows * stride)}; };
+  cpu::for_blocks(blocks, make, [&](int64_t number, const cpu::Block& block, Own& own) {
+    own.products.load(args.rows, args.sorted.order + block.begin, block.size());
+    own.products.multiply(block.c, own.hidden.data());
+    for (int64_t i = 0; i < block.size(); ++i) {  // the moments are those of the rounded numbers
       T* const row = args.hidden + (block.begin + i) * width;
       A* const precise = own.hidden.data() + i * stride;
       cpu::convert(precise, width, row);
       if constexpr (!std::is_same_v<T, A>) cpu::convert(row, width, precise);
-      kernels.accumulate(share, precise, width, mean);
     }
-    for (int64_t i = 0; i < block.size(); ++i) {
-      kernels.add_squares(own.hidden.data() + i * stride, mean, width, square);
-    }
+    moments.take(number, own.hidden.data(), stride);
   });
-  std::fill_n(args.mean, args.sorted.classes * width, A(0));
-  std::fill_n(args.variance, args.sorted.classes * width, A(0));
-  const auto share_of = [&](const Block& block) { return A(block.size()) / A(args.sorted.size(block.c)); };
-  for (size_t number = 0; number < blocks.size(); ++number) {
-    const Block& block = blocks[number];
-    kernels.accumulate(share_of(block), means.data() + number * width, width, args.mean + block.c * width);
-  }
-  // the squares in the blocks, and those of the blocks' means
-  for (size_t number = 0; number < blocks.size(); ++number) {
-    const Block& block = blocks[number];
-    const A *const mean = args.mean + block.c * width, *const own = means.data() + number * width;
-    A* const variance = args.variance + block.c * width;
-    const A one = A(1) / A(args.sorted.size(block.c)), all = share_of(block);
-    for (int64_t d = 0; d < width; ++d) {
-      variance[d] += one * squares[number * width + d] + all * (own[d] - mean[d]) * (own[d] - mean[d]);
-    }
-  }
+  moments.merge(args.sorted.classes, args.mean, args.variance);
 }
 
 template <class T>
@@ -129,14 +81,15 @@ void selector_cpu(const Selector<T>& args) {
   const auto& kernels = cpu::row_kernels<A>();
   const auto scale = scale_of(args);
   const auto make = [&] { return cpu::RowBuffer<T>(width); };
-  for_blocks(blocks_of(args.sorted, kBlockRows), make, [&](int64_t, const Block& block, cpu::RowBuffer<T>& buffer) {
-    const auto norm = norm_of(args, scale, block.c);
-    for (int64_t i = block.begin; i < block.end; ++i) {
-      const A* const row = buffer.read(args.hidden + i * width);
-      const A score = kernels.leaky_dot(row, norm, args.weight + block.c * width, width);
-      args.score[args.sorted.order[i]] = score + args.bias[block.c];
-    }
-  });
+  cpu::for_blocks(blocks_of(args.sorted, kBlockRows), make,
+                  [&](int64_t, const cpu::Block& block, cpu::RowBuffer<T>& buffer) {
+                    const auto norm = norm_of(args, scale, block.c);
+                    for (int64_t i = block.begin; i < block.end; ++i) {
+                      const A* const row = buffer.read(args.hidden + i * width);
+                      const A score = kernels.leaky_dot(row, norm, args.weight + block.c * width, width);
+                      args.score[args.sorted.order[i]] = score + args.bias[block.c];
+                    }
+                  });
 }
 
 namespace {
@@ -162,7 +115,7 @@ class SelectorBackward {
     std::vector<A> partial(blocks.size() * 2 * width_);
     std::vector<double> grads(blocks.size());
     const auto make = [&] { return cpu::RowBuffer<T>(width_); };
-    for_blocks(blocks, make, [&](int64_t number, const Block& block, cpu::RowBuffer<T>& buffer) {
+    cpu::for_blocks(blocks, make, [&](int64_t number, const cpu::Block& block, cpu::RowBuffer<T>& buffer) {
       const auto norm = norm_of(args_, scale_, block.c);
       A* const sums = partial.data() + number * 2 * width_;
       for (int64_t i = block.begin; i < block.end; ++i) {
@@ -186,7 +139,7 @@ class SelectorBackward {
     for (auto* numbers : {&factor_, &shift_, &tilt_}) numbers->resize(args_.sorted.classes * width_);
     for (int64_t c = 0; c < args_.sorted.classes; ++c) {
       args_.grad_bias[c] = static_cast<A>(grad_[c]);
-      const A share = args_.own[c] ? A(1) / A(std::max<int64_t>(args_.sorted.size(c), 1)) : A(0);
+      const A share = args_.own[c] ? A(1) / A(std::max<int64_t>(size_of(args_.sorted, c), 1)) : A(0);
       for (int64_t e = 0; e < width_; ++e) {
         const int64_t i = c * width_ + e;
         const A b = sums_[c * 2 * width_ + e], a = sums_[(c * 2 + 1) * width_ + e] * args_.rstd[i];
@@ -202,53 +155,35 @@ class SelectorBackward {
 
   // What one thread has.
   struct Own {
-    SelectorProducts<T> products;
+    cpu::RowProducts<T> products;
     cpu::RowBuffer<T> buffer;
     std::vector<A> grad, grad_rows;  // of the hidden rows and the rows of a block
   };
 
-  // dLoss/dfirst [E, row_stride()] of each piece of a class, the first in its place, if it fits there, and then of the
-  // class; the gradients of rows on the way.
+  // dLoss/dfirst, and the gradients of rows on the way.
   void go_down() {
     const auto pieces = blocks_of(args_.sorted, kPieceRows);
-    const int64_t stride = cpu::padded(dim_), numbers = width_ * dim_;
-    std::fill_n(args_.grad_first, args_.sorted.classes * numbers, A(0));
-    std::vector<std::vector<A>> sums(pieces.size());
-    const auto in_place = [&](const Block& piece) {
-      return stride == dim_ && piece.begin == args_.sorted.begin(piece.c);
-    };
-    const auto make = [&] {
-      return Own{SelectorProducts<T>(args_.rows, args_.first, width_), cpu::RowBuffer<T>(width_), {}, {}};
-    };
-    for_blocks(pieces, make, [&](int64_t number, const Block& piece, Own& own) {
-      if (!in_place(piece)) sums[number].resize(width_ * stride);
-      A* const sum = in_place(piece) ? args_.grad_first + piece.c * numbers : sums[number].data();
+    cpu::WeightSums<A> sums(pieces, args_.sorted.classes, width_, dim_, args_.grad_first);
+    const auto make = [&] { return Own{cpu::RowProducts<T>(args_.first, width_), cpu::RowBuffer<T>(width_), {}, {}}; };
+    cpu::for_blocks(pieces, make, [&](int64_t number, const cpu::Block& piece, Own& own) {
+      A* const sum = sums.of(number);
       for (int64_t begin = piece.begin; begin < piece.end; begin += kBlockRows) {
         add_block({piece.c, begin, std::min(begin + kBlockRows, piece.end)}, own, sum);
       }
     });
-    for (size_t number = 0; number < pieces.size(); ++number) {
-      const Block& piece = pieces[number];
-      if (in_place(piece)) continue;
-      cpu::Pieces(width_, width_, 64).run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t e = begin; e < end; ++e) {
-          A* const grad = args_.grad_first + piece.c * numbers + e * dim_;
-          kernels_.accumulate(A(1), sums[number].data() + e * stride, dim_, grad);
-        }
-      });
-    }
+    sums.merge();
   }
 
-  void add_block(const Block& block, Own& own, A* sum) {
+  void add_block(const cpu::Block& block, Own& own, A* sum) {
     auto& products = own.products;
     const int64_t *const order = args_.sorted.order + block.begin, at = block.c * width_;
-    products.load(order, block.size());
-    own.grad.resize(kBlockRows * products.hidden_stride());  // zeros behind the last channel
+    products.load(args_.rows, order, block.size());
+    own.grad.resize(kBlockRows * products.output_stride());  // zeros behind the last channel
     const auto norm = norm_of(args_, scale_, block.c);
     for (int64_t i = 0; i < block.size(); ++i) {
       const A* const hidden = own.buffer.read(args_.hidden + (block.begin + i) * width_);
       kernels_.leaky_backward(hidden, norm, args_.grad_score[order[i]], factor_.data() + at, shift_.data() + at,
-                              tilt_.data() + at, width_, own.grad.data() + i * products.hidden_stride());
+                              tilt_.data() + at, width_, own.grad.data() + i * products.output_stride());
     }
     if (args_.grad_rows) {
       own.grad_rows.resize(kBlockRows * products.row_stride());
@@ -257,7 +192,7 @@ class SelectorBackward {
         std::copy_n(own.grad_rows.data() + i * products.row_stride(), dim_, args_.grad_rows + order[i] * dim_);
       }
     }
-    products.add_first_gradient(own.grad.data(), sum);
+    products.add_weight_gradient(own.grad.data(), sum);
   }
 
   const Selector<T>& args_;

@@ -1,5 +1,5 @@
 // The class selectors as PyTorch sees them, on CPUs: elsewhere PyTorch computes them, see pixcontrast/heads.py.
-#include "ops.h"
+#include "layer_ops.h"
 #include "selector.h"
 
 namespace pixcontrast {
@@ -42,28 +42,8 @@ void check(const Tensor& rows, const Tensor& order, const Tensor& ends) {
   }
 }
 
-// Numbers of the classes: in the dtype of sums, and contiguous.
-Tensor checked(const Tensor& t, const char* name, at::IntArrayRef sizes, const Tensor& hidden) {
-  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
-  TORCH_CHECK_TYPE(t.scalar_type() == accumulation(hidden), name, " must be ", accumulation(hidden), ", got ",
-                   t.scalar_type());
-  return t.contiguous();
-}
-
-// A matrix that products take in `dtype`.
-Tensor multipliable(const Tensor& t, const char* name, at::ScalarType dtype) {
-  const bool rounds = t.scalar_type() == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf);
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype || rounds, name, " must be ", dtype, ", got ", t.scalar_type());
-  return t.contiguous();
-}
-
 SortedRows sorted(const Tensor& order, const Tensor& ends) {
   return {ends.numel(), read<int64_t>(order), read<int64_t>(ends)};
-}
-
-template <class T>
-Source<T> source(const Tensor& t) {
-  return {t.const_data_ptr(), t.size(-1), t.scalar_type() == at::kFloat};
 }
 
 // rows [N, D] and first [C, E, D], checked.
@@ -77,7 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> hidden(const Tensor& rows_, const Tensor& ord
                                           const Tensor& first_, at::ScalarType dtype) {
   check(rows_, order, ends);
   const auto [rows, first] = factors(rows_, first_, ends, dtype);
-  const auto made = at::empty({order.size(0), first.size(1)}, rows.options().dtype(dtype));
+  // room for all rows: how many are of a class may vary from step to step, and other sizes are other blocks
+  const auto room = empty_map({rows.size(0), first.size(1)}, rows.options().dtype(dtype));
+  const auto made = room.narrow(0, 0, order.size(0));
   const auto mean = at::empty({ends.numel(), first.size(1)}, rows.options().dtype(accumulation(made)));
   const auto variance = at::empty_like(mean);
   dispatch_cpu(made, "selector_hidden", [&, &rows = rows, &first = first](auto number) {

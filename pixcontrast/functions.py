@@ -110,6 +110,38 @@ class Project(torch.autograd.Function):
         return features, None, weight, bias
 
 
+class Head(torch.autograd.Function):
+    """A head behind its first product: BatchNorm - ReLU - Linear(E, O).
+
+    ``hidden [P, E]``; ``valid [P]`` bool: rows that take part, the others give zeros (``None``: all do); ``mean``,
+    ``rstd``, ``norm_weight``, ``norm_bias`` ``[E]``, ``weight [O, E]``, ``bias [O]``. With ``own``, mean and rstd are
+    those of the rows, and the gradient goes on through them; otherwise they are constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        valid: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        own: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, valid, mean, rstd, norm_weight, norm_bias, weight)
+        ctx.own = own
+        return torch.ops.pixcontrast.head(hidden, valid, mean, rstd, norm_weight, norm_bias, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *parameters = torch.ops.pixcontrast.head_backward(grad, *ctx.saved_tensors, ctx.own)
+        return hidden, None, None, None, *parameters, None
+
+
 class Selector(torch.autograd.Function):
     """Class selectors: for each class Linear(D, E) without bias - BatchNorm - LeakyReLU(0.2) - Linear(E, 1).
 

@@ -14,7 +14,7 @@ from torch.nn.functional import grouped_mm, leaky_relu, relu
 
 from . import ops
 from .functional import project
-from .functions import Selector
+from .functions import Head, Selector
 
 
 class MaskedBatchNorm1d(nn.BatchNorm1d):
@@ -43,15 +43,15 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
         centred = input - mean
         variance = share @ centred.square()
         with torch.no_grad():
-            self._update(mean, variance, count)
+            self.update(mean, variance, count)
         enough = count >= 2
         scale = torch.rsqrt(torch.where(enough, variance, self.running_var) + self.eps) * self.weight
         shift = torch.where(enough, 0, mean - self.running_mean)
         return (centred + shift) * scale + self.bias
 
-    def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of this batch, unless it had fewer than two rows."""
-        rate = torch.zeros_like(count).masked_fill(count >= 2, self.momentum or 0.0)
+    def update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of a batch, unless it had fewer than two rows."""
+        rate = torch.zeros_like(mean[:1]).masked_fill(count >= 2, self.momentum or 0.0)
         self.running_mean.add_(rate * (mean - self.running_mean))
         unbiased = variance * count / (count - 1).clamp_min(1)
         self.running_var.add_(rate * (unbiased - self.running_var))
@@ -77,6 +77,9 @@ class MLPHead(nn.Module):
 
         Rows that do not count must be finite (the result for them means nothing).
         """
+        if self._fuses(rows):
+            places = torch.arange(rows.shape[0])
+            return self.at(rows, places if valid is None else torch.where(valid, places, -1))
         return self.last(relu(self.norm(self.first(rows), valid)))
 
     def at(self, features: Tensor, index: Tensor) -> Tensor:
@@ -85,7 +88,29 @@ class MLPHead(nn.Module):
         Only these pixels are read, and only they count in the statistics. Rows of index -1 mean nothing.
         """
         hidden = project(features, index, self.first.weight, self.first.bias)
+        if self._fuses(hidden):
+            return self._behind(hidden, index >= 0)
         return self.last(relu(self.norm(hidden, index >= 0)))
+
+    @staticmethod
+    def _fuses(rows: Tensor) -> bool:
+        """Whether there are kernels for what follows the first product."""
+        return can_look(rows) and ops.missing_kernel(rows.device, rows.dtype) is None
+
+    def _behind(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        """BatchNorm, ReLU and the second product, by kernels that keep nothing in between."""
+        norm, own = self.norm, False
+        mean, variance = norm.running_mean, norm.running_var
+        if self.training:
+            row_mean, row_variance, count = torch.ops.pixcontrast.head_moments(hidden.detach(), valid)
+            with torch.no_grad():
+                norm.update(row_mean, row_variance, count)
+            own = bool(count >= 2)
+            if own:
+                mean, variance = row_mean, row_variance
+        rstd = torch.rsqrt(precise(variance) + norm.eps)
+        parameters = (precise(norm.weight), precise(norm.bias), self.last.weight, precise(self.last.bias))
+        return Head.apply(hidden, valid, precise(mean), rstd, *parameters, own)
 
 
 class ClassSelectors(nn.Module):

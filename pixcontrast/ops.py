@@ -115,6 +115,44 @@ if available():
     def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
         return left.new_empty((ends.shape[0], left.shape[1], right.shape[1]))
 
+    @torch.library.register_fake("pixcontrast::head_moments")
+    def _(hidden: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        mean = hidden.new_empty(hidden.shape[1], dtype=_accumulation(hidden))
+        return mean, torch.empty_like(mean), hidden.new_empty((), dtype=torch.int64)
+
+    @torch.library.register_fake("pixcontrast::head")
+    def _(
+        hidden: Tensor,
+        valid: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        return hidden.new_empty((hidden.shape[0], weight.shape[0]))
+
+    @torch.library.register_fake("pixcontrast::head_backward")
+    def _(
+        grad: Tensor,
+        hidden: Tensor,
+        valid: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        own: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        of_norm = mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+        return (
+            hidden.new_empty(hidden.shape),
+            *of_norm,
+            weight.new_empty(weight.shape),
+            mean.new_empty(weight.shape[:1]),
+        )
+
     @torch.library.register_fake("pixcontrast::sort_by_class")
     def _(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         return torch.empty_like(labels), labels.new_empty(classes)

@@ -137,9 +137,51 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(grouped_outer, (torch.randn(20, 24, dtype=dtype), rows.detach(), ends))
 
 
-def test_head_is_linear_norm_relu_linear() -> None:
-    head = MLPHead(7, 16)
-    layers = nn.Sequential(nn.Linear(7, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))
+def plain_head(head: MLPHead) -> nn.Sequential:
+    """The same from PyTorch's own modules."""
+    width, channels = head.first.weight.shape
+    layers = nn.Sequential(nn.Linear(channels, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width))
+    layers.to(head.first.weight.dtype)
     layers.load_state_dict(dict(zip(layers.state_dict(), head.state_dict().values(), strict=True)))
-    rows = torch.randn(12, 7)
-    torch.testing.assert_close(head(rows), layers(rows))
+    return layers
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_head_is_linear_norm_relu_linear_of_the_valid_rows(form: None, training: bool) -> None:
+    head = MLPHead(7, 16).double()
+    with torch.no_grad():
+        head.norm.weight.uniform_(0.5, 2)
+        head.norm.bias.normal_()
+        head.norm.running_var.uniform_(0.5, 2)
+    head.train(training)
+    for count in (40, 40, 1, 0):
+        layers = plain_head(head).train(training and count > 1)  # too few rows: running statistics, untouched
+        rows, valid = torch.randn(50, 7).double(), torch.randperm(50) < count
+        mine, theirs = rows.clone().requires_grad_(), rows[valid].clone().requires_grad_()
+        result, expected = head(mine, valid)[valid], layers(theirs)
+        torch.testing.assert_close(result, expected)
+        head.zero_grad()
+        result.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(mine.grad[valid], theirs.grad)
+        assert (mine.grad[~valid] == 0).all()
+        for (name, parameter), other in zip(head.named_parameters(), layers.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-12, msg=name)
+        for buffer, other in zip(head.norm.buffers(), layers[1].buffers(), strict=True):
+            torch.testing.assert_close(buffer, other)
+
+
+def test_a_head_of_all_rows(form: None) -> None:
+    head, rows = MLPHead(7, 16), torch.randn(12, 7)
+    torch.testing.assert_close(plain_head(head)(rows), head(rows))
+
+
+def test_a_head_in_autocast(form: None) -> None:
+    head, rows = MLPHead(7, 16), torch.randn(200, 7)
+    expected = plain_head(head)(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = head(rows)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.05)
+    result.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in head.parameters())

@@ -36,6 +36,12 @@ def inputs(dtype: torch.dtype, dim: int, width: int) -> tuple[dict[str, Tensor],
     return dict(zip(NAMES, leaves, strict=True)), labels, torch.randn(len(labels), generator=g).to(sums)
 
 
+def away_from_the_kink(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers that no rounding takes to the other side of zero, where another gradient would be right."""
+    weight, bias = values["norm_weight"], values["norm_bias"]
+    return values | {"norm_weight": weight.clamp(-1, 1), "norm_bias": torch.full_like(bias, 10).copysign(bias)}
+
+
 def differentiated(scores: Tensor, leaves: dict[str, Tensor], grad: Tensor) -> Results:
     grads = torch.autograd.grad(scores, list(leaves.values()), grad)
     return {"scores": scores.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -81,6 +87,8 @@ def errors(results: Results, truth: Results) -> dict[str, float]:
 
 def errors_of(run: object, dtype: torch.dtype, dim: int, width: int, **options: object) -> dict[str, float]:
     values, labels, grad = inputs(dtype, dim, width)
+    if dtype != torch.float64:
+        values = away_from_the_kink(values)
     truth = by_modules({name: value.double() for name, value in values.items()}, labels, grad.double())
     return errors(run(values, labels, grad, **options), truth)  # type: ignore[operator]
 

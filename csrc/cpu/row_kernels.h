@@ -28,6 +28,13 @@ struct RowKernels {
   void (*score)(const A* logit, const A* shift, int64_t count, A* score);
   // sum [D] += (x - centre)^2
   void (*add_squares)(const A* x, const A* centre, int64_t dim, A* sum);
+  // out [D] = leaky(y)
+  void (*leaky)(const A* x, const Norm<A>& norm, int64_t dim, A* out);
+  // grad [D] *= leaky'(y), then ones [D] += grad, products [D] += grad * (x - centre).
+  void (*leaky_chain)(const A* x, const Norm<A>& norm, int64_t dim, A* grad, A* ones, A* products);
+  // grad [D] = factor * grad + shift + tilt * (x - centre)
+  void (*norm_backward)(const A* x, const A* centre, const A* factor, const A* shift, const A* tilt, int64_t dim,
+                        A* grad);
   // <weight [D], leaky(y)>
   A (*leaky_dot)(const A* x, const Norm<A>& norm, const A* weight, int64_t dim);
   // With s = grad * leaky'(y): ones [D] += s, products [D] += s * (x - centre).

@@ -200,6 +200,34 @@ PIXCONTRAST_TARGET void add_squares(const A* x, const A* centre, int64_t dim, A*
 }
 
 template <class A>
+PIXCONTRAST_TARGET void leaky(const A* x, const Norm<A>& norm, int64_t dim, A* __restrict out) {
+  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
+  for (int64_t d = 0; d < dim; ++d) {
+    const A y = scale[d] * (x[d] - centre[d]) + bias[d];
+    out[d] = y > 0 ? y : slope * y;
+  }
+}
+
+template <class A>
+PIXCONTRAST_TARGET void leaky_chain(const A* x, const Norm<A>& norm, int64_t dim, A* __restrict grad,
+                                    A* __restrict ones, A* __restrict products) {
+  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
+  for (int64_t d = 0; d < dim; ++d) {
+    const A centred = x[d] - centre[d], low = slope * grad[d];
+    const A s = scale[d] * centred + bias[d] > 0 ? grad[d] : low;
+    grad[d] = s;
+    ones[d] += s;
+    products[d] += s * centred;
+  }
+}
+
+template <class A>
+PIXCONTRAST_TARGET void norm_backward(const A* x, const A* centre, const A* factor, const A* shift, const A* tilt,
+                                      int64_t dim, A* __restrict grad) {
+  for (int64_t d = 0; d < dim; ++d) grad[d] = factor[d] * grad[d] + shift[d] + tilt[d] * (x[d] - centre[d]);
+}
+
+template <class A>
 PIXCONTRAST_TARGET A leaky_dot(const A* x, const Norm<A>& norm, const A* weight, int64_t dim) {
   constexpr int64_t strands = 4 * Vector<A>::lanes;
   const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
@@ -238,5 +266,6 @@ PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, A grad, 
 }
 
 template <class A>
-const RowKernels<A> row_table = {square_and_dot<A>, combine<A>,   accumulate<A>, add_unit_rows<A>, score<A>,
-                                 add_squares<A>,    leaky_dot<A>, leaky_sums<A>, leaky_backward<A>};
+const RowKernels<A> row_table = {square_and_dot<A>, combine<A>,     accumulate<A>, add_unit_rows<A>,
+                                 score<A>,          add_squares<A>, leaky<A>,      leaky_chain<A>,
+                                 norm_backward<A>,  leaky_dot<A>,   leaky_sums<A>, leaky_backward<A>};

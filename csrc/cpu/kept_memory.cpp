@@ -1,13 +1,13 @@
-#include "gradient_memory.h"
+#include "kept_memory.h"
 
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <utility>
-#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -28,16 +28,16 @@ void use_large_pages(void* block, size_t bytes) {
 #endif
 }
 
-class GradientMemory : public c10::Allocator {
+class KeptMemory : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kLeastBytes) return system()->allocate(bytes);
-    auto block = take(bytes);
-    if (!block) {
-      block = system()->allocate(bytes);
-      use_large_pages(block.get(), bytes);
+    auto memory = take(bytes);
+    if (!memory) {
+      memory = system()->allocate(bytes);
+      use_large_pages(memory.get(), bytes);
     }
-    auto* const lent = new Block{std::move(block), bytes};
+    auto* const lent = new Block{std::move(memory), bytes};
     return {lent->memory.get(), lent, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -48,10 +48,12 @@ class GradientMemory : public c10::Allocator {
   void release() {
     const std::lock_guard<std::mutex> guard(lock_);
     kept_.clear();
+    kept_bytes_ = 0;
+    most_bytes_ = used_bytes_;
   }
 
-  static GradientMemory& instance() {
-    static auto* const only = new GradientMemory();  // never destroyed: tensors may outlive everything static
+  static KeptMemory& instance() {
+    static auto* const only = new KeptMemory();  // never destroyed: tensors may outlive everything static
     return *only;
   }
 
@@ -65,33 +67,42 @@ class GradientMemory : public c10::Allocator {
 
   static void give_back(void* lent) {
     auto* const block = static_cast<Block*>(lent);
-    auto& memory = instance();
-    const std::lock_guard<std::mutex> guard(memory.lock_);
-    memory.kept_.push_back(std::move(*block));
+    auto& own = instance();
+    const std::lock_guard<std::mutex> guard(own.lock_);
+    own.used_bytes_ -= block->bytes;
+    own.kept_bytes_ += block->bytes;
+    own.kept_.push_back(std::move(*block));
     delete block;
   }
 
-  // A kept block of that size; if there is none, an empty pointer, and nothing is kept any more.
+  // A kept block of that size, or an empty pointer; then the oldest blocks have made room for a new one.
   c10::DataPtr take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(lock_);
+    used_bytes_ += bytes;
+    most_bytes_ = std::max(most_bytes_, used_bytes_);
     const auto found = std::find_if(kept_.begin(), kept_.end(), [&](const Block& b) { return b.bytes == bytes; });
-    if (found == kept_.end()) {
-      kept_.clear();
-      return {};
+    if (found != kept_.end()) {
+      auto memory = std::move(found->memory);
+      kept_.erase(found);
+      kept_bytes_ -= bytes;
+      return memory;
     }
-    auto memory = std::move(found->memory);
-    kept_.erase(found);
-    return memory;
+    while (used_bytes_ + kept_bytes_ > most_bytes_) {
+      kept_bytes_ -= kept_.front().bytes;
+      kept_.pop_front();
+    }
+    return {};
   }
 
   std::mutex lock_;
-  std::vector<Block> kept_;
+  std::deque<Block> kept_;  // those freed first come first
+  size_t kept_bytes_ = 0, used_bytes_ = 0, most_bytes_ = 0;
 };
 
 }  // namespace
 
-c10::Allocator* gradient_memory() { return &GradientMemory::instance(); }
+c10::Allocator* kept_memory() { return &KeptMemory::instance(); }
 
-void release_gradient_memory() { GradientMemory::instance().release(); }
+void release_kept_memory() { KeptMemory::instance().release(); }
 
 }  // namespace pixcontrast::cpu
