@@ -16,7 +16,7 @@ help:
 	@echo "make demo   train on real images and write runs/demo/report.md (3 to 6 minutes on 2 cores)"
 	@echo "make test   build and run all tests (about 10 minutes on 2 cores)"
 	@echo "make lint   check style and types"
-	@echo "make bench  time the operators beside other ways to compute the same (more than 10 minutes on 2 cores)"
+	@echo "make bench  time the operators beside other ways to compute the same (about 9 minutes on 2 cores)"
 	@echo "make gpu    on a machine with a GPU: build, test, sanitize, time (installs nothing)"
 	@echo "make env    versions, build and devices, for a bug report"
 	@echo "make clean  remove the build and .venv"

@@ -1,14 +1,16 @@
 """Time this project's operators beside other ways to compute the same.
 
-python -m benchmarks                                  the sizes of the papers, more than 10 minutes on 2 cores
+python -m benchmarks                                  the sizes of the papers, about 9 minutes on 2 cores
 python -m benchmarks --quick --case city              less rounds, no peak memory
 python -m benchmarks --case sweeps                    how cost grows with pixels, rows, classes, channels, anchors
+python -m benchmarks --case steps                     the contrast of whole training steps, and what the network takes
 python -m benchmarks --compare earlier/results.json
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def effort_of(arguments: argparse.Namespace) -> Effort:
 
 def main(given: list[str] | None = None) -> None:
     arguments = parser().parse_args(given)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime", into the progress bar
     if arguments.list:
         print("\n".join(f"{case.name:22} {case.about}" for case in CASES.values()))
         return

@@ -47,8 +47,7 @@ def _measure(case_name: str, contender: str, device: str, checkouts: Checkouts, 
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - allocated) / (1 << 20)
     # freed blocks go back to the system, and count again when they are used again
-    if ops.available():
-        ops._C.release_memory()
+    ops.release_memory()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _resident("VmRSS")

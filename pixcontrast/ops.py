@@ -42,6 +42,12 @@ def missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     return "it has no float64 kernel for cuda; use float32" if dtype == torch.float64 else None
 
 
+def release_memory() -> None:
+    """Give the memory that operators on the CPU keep for large results back to the system."""
+    if _C is not None:
+        _C.release_memory()
+
+
 def _accumulation(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 

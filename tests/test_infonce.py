@@ -216,6 +216,18 @@ def test_bfloat16_without_its_instruction(capability: str) -> None:
     assert done.stdout.strip() in (capability, "avx2", "baseline")  # or what the machine has
 
 
+def test_same_bits_with_any_number_of_threads() -> None:
+    case, threads, results = large_case(), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            output, grad = case.run("extension")
+            results.append((output.loss, output.anchor_loss, grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for other in results[1:] for one, other in zip(results[0], other, strict=True))
+
+
 def worst_error() -> float:
     """Largest deviation of loss and gradient from the reference in float64, over few and many keys."""
     worst = 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixcontrast import _C
+from pixcontrast.ops import release_memory
 from pixcontrast.functional import infonce_contrast, positive_contrast, project
 from pixcontrast.select import Anchors
 
@@ -37,7 +37,7 @@ def gradient(operator: str, rows: int) -> Tensor:
 
 @pytest.mark.parametrize("operator", ["positive", "infonce", "project"])
 def test_what_the_memory_held_before_does_not_matter(operator: str) -> None:
-    _C.release_memory()
+    release_memory()
     grad = gradient(operator, 10000)  # 10 MB
     first, place = grad.clone(), grad.data_ptr()
     grad.fill_(float("nan"))
@@ -61,12 +61,12 @@ def test_kept_memory_goes_back_to_the_system_when_asked() -> None:
     kept = [gradient("positive", 100_000) for _ in range(3)]  # 98 MiB each
     kept.clear()
     before = resident_mib()
-    _C.release_memory()
+    release_memory()
     assert resident_mib() < before - 250
 
 
 def test_no_more_is_kept_than_was_once_in_use() -> None:
-    _C.release_memory()
+    release_memory()
     resident = []
     for rows in range(50_000, 50_020):  # each of another size: 49 MiB
         gradient("positive", rows)
