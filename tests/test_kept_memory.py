@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixcontrast.ops import release_memory
 from pixcontrast.functional import infonce_contrast, positive_contrast, project
+from pixcontrast.ops import release_memory
 from pixcontrast.select import Anchors
 
 
