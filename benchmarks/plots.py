@@ -1,4 +1,4 @@
-"""Pictures of a report: bars of ratios, scaling lines with the floor, roofline."""
+"""Pictures of a report: bars of ratios, roofline, scaling lines with the floor, shares of training steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ OTHER = "#b8a9c9"
 
 def draw(report: Report, folder: Path) -> list[Path]:
     """Write every picture that the report has data for."""
-    named = [outcome for outcome in report.outcomes if not outcome.sweep and any(row.ms for row in outcome.rows)]
+    timed = [outcome for outcome in report.outcomes if any(row.ms for row in outcome.rows)]
+    steps = [outcome for outcome in timed if outcome.rest_ms]
+    named = [outcome for outcome in timed if not outcome.sweep and not outcome.rest_ms]
     sweeps: dict[str, dict[str, list[Outcome]]] = {}
     for outcome in report.outcomes:
         if outcome.sweep:
@@ -35,6 +37,8 @@ def draw(report: Report, folder: Path) -> list[Path]:
     written = []
     if named:
         written += [_draw_ratios(named, folder / "ratios.png"), _draw_roofline(named, folder / "roofline.png")]
+    if steps:
+        written.append(_draw_steps(steps, folder / "steps.png"))
     written += [_draw_scaling(what, sizes, folder / f"scaling-{what}.png") for what, sizes in sweeps.items()]
     return written
 
@@ -66,6 +70,38 @@ def _draw_ratios(outcomes: list[Outcome], path: Path) -> Path:
     for axis in grid:  # what is left over
         axis.set_axis_off()
     figure.suptitle("Times slower than pixcontrast (black line: floor of the machine)", fontsize=11)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _draw_steps(outcomes: list[Outcome], path: Path) -> Path:
+    """How much of a whole training step the contrast takes, with each contender and at the floor."""
+    figure = Figure(figsize=(8, 0.9 * len(outcomes) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    names = list(dict.fromkeys(row.contender for outcome in outcomes for row in outcome.rows))
+    height = 0.8 / len(names)
+    for place, outcome in enumerate(outcomes):
+        rest = outcome.rest_ms or 0.0
+        for line, name in enumerate(names):
+            ms = next((row.ms for row in outcome.rows if row.contender == name), None)
+            if ms is None:
+                continue
+            bar = axis.barh(place + (line - (len(names) - 1) / 2) * height, 100 * ms / (ms + rest), height,
+                            color=COLOURS.get(name, OTHER), label=name if place == 0 else None)  # fmt: skip
+            axis.bar_label(bar, [f"{milliseconds(ms)} ms"], padding=3, fontsize=8)
+        floor = 100 * outcome.floor_ms / (outcome.floor_ms + rest)
+        axis.plot([floor, floor], [place - 0.4, place + 0.4], color="black", linewidth=1.2,
+                  label="floor" if place == 0 else None)  # fmt: skip
+    axis.set_yticks(
+        range(len(outcomes)),
+        [f"{o.case.removeprefix('step-')}\n(rest: {milliseconds(o.rest_ms or 0)} ms)" for o in outcomes],
+        fontsize=8,
+    )
+    axis.set(xlabel="% of a training step", xlim=(0, 1.15 * axis.get_xlim()[1]))
+    axis.set_title("What the contrast costs of a whole step", fontsize=11)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     return path
 

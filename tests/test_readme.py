@@ -1,13 +1,27 @@
-"""The README's first example runs as it stands."""
+"""The README's first example runs as it stands; links and code of all pages are whole."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_code_of_a_page_are_whole(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        ast.parse(code)
 
 
 def test_the_first_example_trains() -> None:
