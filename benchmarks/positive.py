@@ -85,8 +85,9 @@ def reference(problem: Positive) -> Tensor:
 def _pixcontrast(problem: Positive, backend: str) -> Tensor:
     weights, queue_weights = problem.weights, problem.queue_weights
     return positive_contrast(
-        problem.features, problem.labels, problem.queue, weights=weights, queue_weights=queue_weights, backend=backend
-    ).loss
+        problem.features, problem.labels, problem.queue, weights=weights, queue_weights=queue_weights, backend=backend,
+        ignore_index=-1,  # class 255 of a thousand is a class like any other
+    ).loss  # fmt: skip
 
 
 def kept_means(problem: Positive) -> Step:
