@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -145,10 +146,11 @@ def _lines(axis: Axes, outcomes: list[Outcome], what: str) -> None:
 
 def _draw_roofline(outcomes: list[Outcome], path: Path) -> Path:
     """Useful rate of the first contender of each case over its arithmetic intensity, under the ceilings of the run."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axis = figure.subplots()
     intensity = np.logspace(-1.5, 4, 100)
     bandwidth = float(np.median([outcome.rates["gb_per_s"] for outcome in outcomes]))
+    markers = cycle("osD^v<>pPXh*d")
     for dtype in dict.fromkeys(str(outcome.work["dtype"]) for outcome in outcomes):
         rates = [o.rates["gflop_per_s"] for o in outcomes if o.work["dtype"] == dtype]
         roof = np.minimum(intensity * bandwidth, float(np.median(rates)))
@@ -158,12 +160,11 @@ def _draw_roofline(outcomes: list[Outcome], path: Path) -> Path:
             flops, moved = float(outcome.work["flops"]), float(outcome.work["bytes"])
             if not first.ms or not flops:
                 continue
-            axis.plot(flops / moved, flops / first.ms / 1e6, "o", color=line.get_color())
-            place = (flops / moved, flops / first.ms / 1e6)
-            axis.annotate(outcome.case, place, xytext=(5, -9), textcoords="offset points", fontsize=8)
+            place, marker = (flops / moved, flops / first.ms / 1e6), next(markers)
+            axis.plot(*place, marker, color=line.get_color(), linestyle="none", markersize=7, label=outcome.case)
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be moved", ylabel="GFLOP/s")
     axis.set_title("pixcontrast under the ceilings of this run", fontsize=11)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     return path

@@ -17,6 +17,7 @@ from benchmarks.clock import CpuClock
 from benchmarks.machine import Ceilings
 from benchmarks.measure import Effort, Outcome, interleaved, measure
 from benchmarks.memory import peak_mebibytes
+from benchmarks.plots import draw
 from benchmarks.problem import Contender, Problem, Results, Step, Work, deviation
 from benchmarks.released import NAME, Checkouts
 from benchmarks.report import Report, comparison, markdown
@@ -95,7 +96,7 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on() -> None:
     assert "failed, not timed: RuntimeError: no kernel here" in markdown(Report({}, [outcome]))
 
 
-def test_the_share_of_a_training_step_is_told(monkeypatch) -> None:
+def test_the_share_of_a_training_step_is_told(monkeypatch, tmp_path: Path) -> None:
     def surroundings(problem: Problem) -> list[tuple[Step, float]]:
         return [(lambda: time.sleep(0.02) or {}, 3), (lambda: time.sleep(0.01) or {}, 2)]
 
@@ -104,6 +105,7 @@ def test_the_share_of_a_training_step_is_told(monkeypatch) -> None:
     assert outcome.rest_ms is not None and outcome.rest_ms >= 80
     outcome = replace(outcome, rest_ms=60.0, rows=[replace(outcome.rows[0], ms=20.0)])
     assert "takes 60 ms. Share of the whole step: 25.0% with pixcontrast." in markdown(Report({}, [outcome]))
+    assert draw(Report({}, [outcome]), tmp_path) == [tmp_path / "steps.png"]
     outcome = replace(outcome, rows=[replace(outcome.rows[0], ms=None)])
     assert "takes 60 ms.\n" in markdown(Report({}, [outcome]))
 
