@@ -43,7 +43,7 @@ struct Head {
   T* out;                     // [P, O]; forward only
   // backward only
   const T* grad;             // [P, O]
-  bool own;                  // whether mean and rstd are those of the rows, or constants
+  Acc<T> share;              // of a row in mean and variance; 0 where they are constants
   T* grad_hidden;            // [P, E]
   Acc<T>* grad_norm_weight;  // [E]
   Acc<T>* grad_norm_bias;    // [E]

@@ -4,8 +4,8 @@
 // With g_i = dLoss/dout_i, s_i = (weight^T g_i) where y_i > 0, else 0, and M rows, sums over them:
 //   b = sum s_i              dLoss/dnorm_bias   = b            dLoss/dweight = sum g_i max(y_i, 0)^T
 //   a = sum s_i x_i          dLoss/dnorm_weight = a            dLoss/dbias   = sum g_i
-//   dLoss/dh_i = rstd * norm_weight * (s_i - b / M - x_i a / M), the last two terms only where mean and rstd depend on
-//                the rows
+//   dLoss/dh_i = rstd * norm_weight * (s_i - share (b + x_i a)), with a share of 1 / M where mean and rstd are those of
+//                the rows, and 0 where they are constants
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -146,13 +146,12 @@ class HeadCpu {
   // From s_i to dLoss/dh_i = factor * s_i + shift + tilt * (h_i - mean).
   void through_norm(const std::vector<A>& sums) {
     std::vector<A> shift(width_), tilt(width_);
-    const A share = args_.own ? A(1) / A(std::max<int64_t>(rows_.count, 1)) : A(0);
     for (int64_t e = 0; e < width_; ++e) {
       const A b = sums[e], a = sums[width_ + e] * args_.rstd[e];
       args_.grad_norm_bias[e] = b;
       args_.grad_norm_weight[e] = a;
-      shift[e] = -scale_[e] * b * share;
-      tilt[e] = -scale_[e] * a * share * args_.rstd[e];
+      shift[e] = -scale_[e] * b * args_.share;
+      tilt[e] = -scale_[e] * a * args_.share * args_.rstd[e];
     }
     clear_others(rows_, width_, args_.grad_hidden);
     cpu::for_blocks(blocks_of(rows_), make(), [&](int64_t, const cpu::Block& block, Own& own) {

@@ -1,7 +1,10 @@
-// The heads behind their first product as PyTorch sees them, on CPUs: elsewhere PyTorch computes them, see
-// pixcontrast/heads.py.
+// The heads behind their first product as PyTorch sees them.
 #include "head.h"
 #include "layer_ops.h"
+
+#ifdef PIXCONTRAST_WITH_CUDA
+#include "head_cuda.h"
+#endif
 
 namespace pixcontrast {
 namespace {
@@ -9,16 +12,19 @@ namespace {
 // hidden [P, E] and which of its rows take part, valid [P] bool; none: all of them.
 struct Rows {
   Tensor hidden;
-  std::vector<int64_t> order;
+  optional<Tensor> valid;
+  std::vector<int64_t> order;  // of those that take part, on CPUs
 
-  Rows(const Tensor& hidden_, const optional<Tensor>& valid) : hidden(hidden_.contiguous()) {
+  Rows(const Tensor& hidden_, const optional<Tensor>& valid_)
+      : hidden(hidden_.contiguous()), valid(contiguous(valid_)) {
     TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [P, E], got ", hidden.sizes());
     if (valid.has_value()) {
       TORCH_CHECK_VALUE(valid->sizes() == hidden.sizes().slice(0, 1), "valid must be [P], got ", valid->sizes());
       TORCH_CHECK_TYPE(valid->scalar_type() == at::kBool, "valid must be bool, got ", valid->scalar_type());
+      TORCH_CHECK_VALUE(valid->device() == hidden.device(), "valid must be on ", hidden.device());
     }
-    const auto mask = contiguous(valid);
-    const auto* const some = read<bool>(mask);
+    if (!hidden.is_cpu()) return;
+    const auto* const some = read<bool>(valid);
     for (int64_t i = 0; i < hidden.size(0); ++i) {
       if (!some || some[i]) order.push_back(i);
     }
@@ -28,12 +34,31 @@ struct Rows {
   HeadRows<T> arguments() const {
     return {read<T>(hidden), hidden.size(0), hidden.size(1), order.data(), static_cast<int64_t>(order.size())};
   }
+#ifdef PIXCONTRAST_WITH_CUDA
+  template <class T>
+  HeadRowsCuda<T> cuda_arguments() const {
+    return {read<T>(hidden), hidden.size(0), hidden.size(1), read<bool>(valid)};
+  }
+#endif
 };
 
 std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& hidden, const optional<Tensor>& valid) {
   const Rows rows(hidden, valid);
   const auto mean = at::empty({hidden.size(1)}, hidden.options().dtype(accumulation(hidden)));
   const auto variance = at::empty_like(mean);
+#ifdef PIXCONTRAST_WITH_CUDA
+  if (hidden.is_cuda()) {
+    const auto count = at::empty({}, hidden.options().dtype(at::kLong));
+    dispatch_cuda(hidden, "head_moments", [&](auto number, cudaStream_t stream) {
+      using T = decltype(number);
+      const HeadMomentsCuda<T> args{rows.cuda_arguments<T>(), write<float>(mean), write<float>(variance),
+                                    write<int64_t>(count)};
+      const auto room = workspace(head_moments_cuda_workspace(args), hidden);
+      return head_moments_cuda(args, room.mutable_data_ptr(), stream);
+    });
+    return {mean, variance, count};
+  }
+#endif
   dispatch_cpu(hidden, "head_moments", [&](auto number) {
     using T = decltype(number);
     head_moments_cpu(HeadMoments<T>{rows.arguments<T>(), write<Acc<T>>(mean), write<Acc<T>>(variance)});
@@ -56,6 +81,7 @@ struct Inputs {
     norm_bias = checked(norm_bias_, "norm_bias", sizes, hidden);
     TORCH_CHECK_VALUE(weight_.dim() == 2 && weight_.size(1) == hidden.size(1), "weight must be [O, E], got ",
                       weight_.sizes());
+    TORCH_CHECK_VALUE(weight_.device() == hidden.device(), "weight must be on ", hidden.device());
     weight = multipliable(weight_, "weight", hidden.scalar_type());
   }
 
@@ -71,6 +97,11 @@ struct Inputs {
     args.weight = source<T>(weight);
     return args;
   }
+#ifdef PIXCONTRAST_WITH_CUDA
+  HeadNorm norm() const {
+    return {read<float>(mean), read<float>(rstd), read<float>(norm_weight), read<float>(norm_bias)};
+  }
+#endif
 };
 
 Tensor head(const Tensor& hidden, const optional<Tensor>& valid, const Tensor& mean, const Tensor& rstd,
@@ -78,6 +109,23 @@ Tensor head(const Tensor& hidden, const optional<Tensor>& valid, const Tensor& m
   const Inputs inputs(hidden, valid, mean, rstd, norm_weight, norm_bias, weight);
   const auto bias = checked(bias_, "bias", weight.sizes().slice(0, 1), hidden);
   const auto out = empty_map({hidden.size(0), weight.size(0)}, hidden.options());
+#ifdef PIXCONTRAST_WITH_CUDA
+  if (hidden.is_cuda()) {
+    const auto factors = inputs.weight.to(hidden.scalar_type());
+    dispatch_cuda(hidden, "head", [&](auto number, cudaStream_t stream) {
+      using T = decltype(number);
+      const HeadCuda<T> args{inputs.rows.cuda_arguments<T>(),
+                             inputs.norm(),
+                             factors.size(0),
+                             read<T>(factors),
+                             read<float>(bias),
+                             write<T>(out)};
+      const auto room = workspace(head_cuda_workspace(args), hidden);
+      return head_cuda(args, tensor_cores(hidden), room.mutable_data_ptr(), stream);
+    });
+    return out;
+  }
+#endif
   dispatch_cpu(hidden, "head", [&](auto number) {
     using T = decltype(number);
     auto args = inputs.arguments<T>();
@@ -91,22 +139,50 @@ Tensor head(const Tensor& hidden, const optional<Tensor>& valid, const Tensor& m
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& hidden,
                                                             const optional<Tensor>& valid, const Tensor& mean,
                                                             const Tensor& rstd, const Tensor& norm_weight,
-                                                            const Tensor& norm_bias, const Tensor& weight, bool own) {
+                                                            const Tensor& norm_bias, const Tensor& weight,
+                                                            const Tensor& share_) {
   const Inputs inputs(hidden, valid, mean, rstd, norm_weight, norm_bias, weight);
   TORCH_CHECK_VALUE(grad_.sizes() == at::IntArrayRef({hidden.size(0), weight.size(0)}), "grad must be [P, O], got ",
                     grad_.sizes());
   TORCH_CHECK_TYPE(grad_.scalar_type() == hidden.scalar_type(), "grad must be ", hidden.scalar_type(), ", got ",
                    grad_.scalar_type());
-  const auto grad = grad_.contiguous();
+  TORCH_CHECK_VALUE(grad_.device() == hidden.device(), "grad must be on ", hidden.device());
+  const auto grad = grad_.contiguous(), share = checked(share_, "share", {}, hidden);
   const auto sums = inputs.mean.options();
   const auto grad_hidden = empty_map(hidden.sizes(), hidden.options());
   const auto grad_norm_weight = at::empty_like(inputs.mean), grad_norm_bias = at::empty_like(inputs.mean);
   const auto grad_weight = at::empty(weight.sizes(), sums), grad_bias = at::empty({weight.size(0)}, sums);
+  const auto results = [&] {
+    return std::make_tuple(grad_hidden, grad_norm_weight, grad_norm_bias, grad_weight.to(weight.scalar_type()),
+                           grad_bias);
+  };
+#ifdef PIXCONTRAST_WITH_CUDA
+  if (hidden.is_cuda()) {
+    const auto factors = inputs.weight.to(hidden.scalar_type());
+    dispatch_cuda(hidden, "head_backward", [&](auto number, cudaStream_t stream) {
+      using T = decltype(number);
+      const HeadBackwardCuda<T> args{inputs.rows.cuda_arguments<T>(),
+                                     inputs.norm(),
+                                     factors.size(0),
+                                     read<T>(factors),
+                                     read<T>(grad),
+                                     read<float>(share),
+                                     write<T>(grad_hidden),
+                                     write<float>(grad_norm_weight),
+                                     write<float>(grad_norm_bias),
+                                     write<float>(grad_weight),
+                                     write<float>(grad_bias)};
+      const auto room = workspace(head_backward_cuda_workspace(args), hidden);
+      return head_backward_cuda(args, tensor_cores(hidden), room.mutable_data_ptr(), stream);
+    });
+    return results();
+  }
+#endif
   dispatch_cpu(hidden, "head_backward", [&](auto number) {
     using T = decltype(number);
     auto args = inputs.arguments<T>();
     args.grad = read<T>(grad);
-    args.own = own;
+    args.share = *read<Acc<T>>(share);
     args.grad_hidden = write<T>(grad_hidden);
     args.grad_norm_weight = write<Acc<T>>(grad_norm_weight);
     args.grad_norm_bias = write<Acc<T>>(grad_norm_bias);
@@ -114,7 +190,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_,
     args.grad_bias = write<Acc<T>>(grad_bias);
     head_backward_cpu(args);
   });
-  return {grad_hidden, grad_norm_weight, grad_norm_bias, grad_weight.to(weight.scalar_type()), grad_bias};
+  return results();
+}
+
+void implement(torch::Library& library) {
+  library.impl("head_moments", &moments);
+  library.impl("head", &head);
+  library.impl("head_backward", &backward);
 }
 
 }  // namespace
@@ -126,14 +208,13 @@ TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
       "Tensor weight, Tensor bias) -> Tensor");
   library.def(
       "head_backward(Tensor grad, Tensor hidden, Tensor? valid, Tensor mean, Tensor rstd, Tensor norm_weight, "
-      "Tensor norm_bias, Tensor weight, bool own) -> (Tensor grad_hidden, Tensor grad_norm_weight, "
+      "Tensor norm_bias, Tensor weight, Tensor share) -> (Tensor grad_hidden, Tensor grad_norm_weight, "
       "Tensor grad_norm_bias, Tensor grad_weight, Tensor grad_bias)");
 }
 
-TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) {
-  library.impl("head_moments", &moments);
-  library.impl("head", &head);
-  library.impl("head_backward", &backward);
-}
+TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) { implement(library); }
+#ifdef PIXCONTRAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(pixcontrast, CUDA, library) { implement(library); }
+#endif
 
 }  // namespace pixcontrast

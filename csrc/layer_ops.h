@@ -6,11 +6,12 @@
 
 namespace pixcontrast {
 
-// `t` contiguous, if it has these sizes and the dtype that sums of `like` are kept in.
+// `t` contiguous, if it has these sizes, the dtype that sums of `like` are kept in, and its device.
 inline Tensor checked(const Tensor& t, const char* name, at::IntArrayRef sizes, const Tensor& like) {
   TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
   TORCH_CHECK_TYPE(t.scalar_type() == accumulation(like), name, " must be ", accumulation(like), ", got ",
                    t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, " must be on ", like.device());
   return t.contiguous();
 }
 

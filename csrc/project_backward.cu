@@ -7,6 +7,7 @@
 // the weight reads the features twice and dy 16 times from L2 (0.35 GB, 60 us); its 32 tiles are split into 8 parts,
 // 264 blocks, whose 17 MB of sums take another 10 us.
 #include "cuda/launch.h"
+#include "cuda/parts.cuh"
 #include "cuda/pixels.cuh"
 #include "project_cuda.h"
 
@@ -14,8 +15,7 @@ namespace pixcontrast {
 namespace cuda {
 namespace {
 
-constexpr int64_t kBlocks = 264;     // two for each multiprocessor of an H100; sums must not depend on the device
-constexpr int64_t kLeastRows = 256;  // of a part
+constexpr int64_t kBlocks = 264;  // two for each multiprocessor of an H100; sums must not depend on the device
 
 // ---- features
 
@@ -88,17 +88,6 @@ __global__ void find_pixels(FeatureLayout layout, const int64_t* index, int64_t 
   if (r < rows) start[r] = start_of(layout, index[r]);
 }
 
-// The rows of a part.
-struct Parts {
-  int64_t count, rows;
-
-  Parts(int64_t total, int64_t most)
-      : count(total / kLeastRows < 1      ? 1
-              : total / kLeastRows < most ? total / kLeastRows
-                                          : most),
-        rows((total + count - 1) / count) {}
-};
-
 // The sums of part p over its rows go to sums [Dout, Din] + p Dout Din.
 template <class Product, bool kMaps>
 __global__ void __launch_bounds__(kThreads, Product::kBlocks)
@@ -130,31 +119,16 @@ __global__ void __launch_bounds__(kThreads, Product::kBlocks)
   }
 }
 
-// Sums of dy over the rows of a part, 32 columns a block, 8 threads a column.
+// Sums of dy over the rows of part p go to sums [Dout] + p Dout.
 template <class T>
 __global__ void bias_gradient(const __grid_constant__ ProjectBackward<T> args, const int64_t* start, int64_t part_rows,
                               float* sums) {
-  CU_SHARED(float, part, [8][32]);
-  const int64_t column = int64_t{blockIdx.x} * 32 + threadIdx.x;
-  const int64_t first = blockIdx.y * part_rows, end = first + part_rows < args.rows ? first + part_rows : args.rows;
-  float sum = 0;
-  for (int64_t r = first + threadIdx.y; r < end; r += 8) {
-    if (column < args.outputs && start[r] >= 0) sum += to_float(args.grad[r * args.outputs + column]);
-  }
-  part[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || column >= args.outputs) return;
-  for (int i = 1; i < 8; ++i) sum += part[i][threadIdx.x];
-  sums[blockIdx.y * args.outputs + column] = sum;
-}
-
-template <class T>
-__global__ void add_parts(const float* sums, int64_t parts, int64_t numbers, T* to) {
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= numbers) return;
-  float sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += sums[part * numbers + i];
-  to[i] = from_float<T>(sum);
+  const int64_t column = int64_t{blockIdx.x} * kSumColumns + threadIdx.x;
+  float of_part[1];
+  sum_rows(PartRows(part_rows, args.rows), of_part, [&](int64_t row, float (&to)[1]) {
+    if (column < args.outputs && start[row] >= 0) to[0] += to_float(args.grad[row * args.outputs + column]);
+  });
+  if (threadIdx.y == 0 && column < args.outputs) sums[blockIdx.y * args.outputs + column] = of_part[0];
 }
 
 // ---- launches
@@ -209,9 +183,9 @@ cudaError_t launch_weight_gradient(const ProjectBackward<T>& args, const Plan<T>
 template <class T>
 cudaError_t launch_bias_gradient(const ProjectBackward<T>& args, const Plan<T>& plan, cudaStream_t stream) {
   if (args.outputs == 0) return cudaSuccess;
-  const dim3 grid(blocks_for(args.outputs, 32), static_cast<unsigned>(plan.bias_parts.count));
-  const cudaError_t status =
-      cu_launch(bias_gradient<T>, grid, dim3(32, 8), 0, stream, args, plan.start, plan.bias_parts.rows, plan.bias_sums);
+  const dim3 grid(blocks_for(args.outputs, kSumColumns), static_cast<unsigned>(plan.bias_parts.count));
+  const cudaError_t status = cu_launch(bias_gradient<T>, grid, dim3(kSumColumns, kSumThreads), 0, stream, args,
+                                       plan.start, plan.bias_parts.rows, plan.bias_sums);
   if (status != cudaSuccess) return status;
   return cu_launch(add_parts<T>, dim3(blocks_for(args.outputs, 256)), dim3(256), 0, stream, plan.bias_sums,
                    plan.bias_parts.count, args.outputs, args.grad_bias);

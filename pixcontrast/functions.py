@@ -114,8 +114,9 @@ class Head(torch.autograd.Function):
     """A head behind its first product: BatchNorm - ReLU - Linear(E, O).
 
     ``hidden [P, E]``; ``valid [P]`` bool: rows that take part, the others give zeros (``None``: all do); ``mean``,
-    ``rstd``, ``norm_weight``, ``norm_bias`` ``[E]``, ``weight [O, E]``, ``bias [O]``. With ``own``, mean and rstd are
-    those of the rows, and the gradient goes on through them; otherwise they are constants.
+    ``rstd``, ``norm_weight``, ``norm_bias`` ``[E]``, ``weight [O, E]``, ``bias [O]``. ``share []`` is what one row
+    contributes to mean and variance, through which the gradient goes on too: one over the number of rows that take
+    part, or 0 where mean and rstd are constants.
     """
 
     @staticmethod
@@ -129,16 +130,15 @@ class Head(torch.autograd.Function):
         norm_bias: Tensor,
         weight: Tensor,
         bias: Tensor,
-        own: bool,
+        share: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, valid, mean, rstd, norm_weight, norm_bias, weight)
-        ctx.own = own
+        ctx.save_for_backward(hidden, valid, mean, rstd, norm_weight, norm_bias, weight, share)
         return torch.ops.pixcontrast.head(hidden, valid, mean, rstd, norm_weight, norm_bias, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *parameters = torch.ops.pixcontrast.head_backward(grad, *ctx.saved_tensors, ctx.own)
+        hidden, *parameters = torch.ops.pixcontrast.head_backward(grad, *ctx.saved_tensors)
         return hidden, None, None, None, *parameters, None
 
 

@@ -77,40 +77,40 @@ class MLPHead(nn.Module):
 
         Rows that do not count must be finite (the result for them means nothing).
         """
-        if self._fuses(rows):
+        if rows.device.type == "cpu" and self._fuses(rows):  # the kernels' own product leaves out what takes no part
             places = torch.arange(rows.shape[0])
             return self.at(rows, places if valid is None else torch.where(valid, places, -1))
-        return self.last(relu(self.norm(self.first(rows), valid)))
+        return self._behind(self.first(rows), valid)
 
     def at(self, features: Tensor, index: Tensor) -> Tensor:
         """Pixels ``index [R]`` (-1: none) of ``features [B, in_channels, h, w]`` to ``[R, dim]``.
 
         Only these pixels are read, and only they count in the statistics. Rows of index -1 mean nothing.
         """
-        hidden = project(features, index, self.first.weight, self.first.bias)
-        if self._fuses(hidden):
-            return self._behind(hidden, index >= 0)
-        return self.last(relu(self.norm(hidden, index >= 0)))
+        return self._behind(project(features, index, self.first.weight, self.first.bias), index >= 0)
 
     @staticmethod
     def _fuses(rows: Tensor) -> bool:
         """Whether there are kernels for what follows the first product."""
-        return can_look(rows) and ops.missing_kernel(rows.device, rows.dtype) is None
+        return ops.missing_kernel(rows.device, rows.dtype) is None
 
-    def _behind(self, hidden: Tensor, valid: Tensor) -> Tensor:
-        """BatchNorm, ReLU and the second product, by kernels that keep nothing in between."""
-        norm, own = self.norm, False
-        mean, variance = norm.running_mean, norm.running_var
+    def _behind(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        """BatchNorm, ReLU and the second product, where there are kernels by those, which keep nothing in between."""
+        norm = self.norm
+        if not self._fuses(hidden):
+            return self.last(relu(norm(hidden, valid)))
+        mean, variance = precise(norm.running_mean), precise(norm.running_var)
+        share = torch.zeros_like(mean[0])
         if self.training:
             row_mean, row_variance, count = torch.ops.pixcontrast.head_moments(hidden.detach(), valid)
             with torch.no_grad():
                 norm.update(row_mean, row_variance, count)
-            own = bool(count >= 2)
-            if own:
-                mean, variance = row_mean, row_variance
-        rstd = torch.rsqrt(precise(variance) + norm.eps)
+            own = count >= 2
+            mean, variance = torch.where(own, row_mean, mean), torch.where(own, row_variance, variance)
+            share = own.to(mean.dtype) / count.clamp_min(1)
+        rstd = torch.rsqrt(variance + norm.eps)
         parameters = (precise(norm.weight), precise(norm.bias), self.last.weight, precise(self.last.bias))
-        return Head.apply(hidden, valid, precise(mean), rstd, *parameters, own)
+        return Head.apply(hidden, valid, mean, rstd, *parameters, share)
 
 
 class ClassSelectors(nn.Module):

@@ -149,7 +149,7 @@ if available():
         norm_weight: Tensor,
         norm_bias: Tensor,
         weight: Tensor,
-        own: bool,
+        share: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         of_norm = mean.new_empty(mean.shape), mean.new_empty(mean.shape)
         return (

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, relu
 
-from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss, ops
+from pixcontrast import ClassMemory, ContrastBranch, MLPHead, PixelContrastLoss, ops
 from pixcontrast import functional as F
 from pixcontrast.reference import accumulation_dtype
 
@@ -145,6 +145,36 @@ def test_project(device: str, dtype: torch.dtype, layout: str, channels: int) ->
             result = F.project(x, pixels, w, b, backend=backend)
             result.backward(grad)
         return [result.detach(), x.grad, w.grad, b.grad]
+
+    agree(run, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [64, 250])
+def test_head(device: str, dtype: torch.dtype, width: int) -> None:
+    head = MLPHead(width, width).eval()
+    hidden, towards = torch.randn(300, width).bfloat16().double(), torch.randn(300, width).bfloat16().double()
+    valid = torch.rand(300) < 0.8
+    hidden[~valid] = float("nan")
+    with torch.no_grad():
+        head.norm.bias.copy_(torch.full((width,), 8.0).copysign(torch.randn(width)))  # away from the kink of ReLU
+        head.last.weight.copy_(head.last.weight.bfloat16())
+
+    def run(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        copied = copy.deepcopy(head).to(device, accumulation_dtype(dtype)).train()
+        copied.last.to(dtype)
+        x = leaf(hidden, dtype, device)
+        if backend == "reference":
+            there = x[valid]
+            result = torch.zeros_like(x).masked_scatter(
+                valid[:, None], copied.last(relu(copied.norm(there.to(accumulation_dtype(dtype)))).to(dtype))
+            )
+        else:
+            mask = valid.to(device)
+            with without_waiting(device):
+                result = copied._behind(x, mask)
+        result.backward(towards.to(device, dtype))
+        return [result.detach(), x.grad, copied.norm.weight.grad, copied.last.weight.grad, copied.last.bias.grad]
 
     agree(run, device, dtype)
 

@@ -48,10 +48,11 @@ def by_operators(values: dict[str, Tensor], valid: Tensor | None, grad: Tensor, 
     hidden = leaves["hidden"]
     mean, variance, count = torch.ops.pixcontrast.head_moments(hidden.detach(), valid)
     assert count == (len(hidden) if valid is None else valid.sum())
+    share = 1 / count.to(mean.dtype)
     if not own:
-        mean, variance = torch.full_like(mean, 19.5), torch.full_like(variance, 2.0)
+        mean, variance, share = torch.full_like(mean, 19.5), torch.full_like(variance, 2.0), torch.zeros_like(share)
     parameters = [leaves[name] for name in NAMES[1:]]
-    out = Head.apply(hidden, valid, mean, torch.rsqrt(variance + EPS), *parameters, own)
+    out = Head.apply(hidden, valid, mean, torch.rsqrt(variance + EPS), *parameters, share)
     return differentiated(out, leaves, grad)
 
 
@@ -153,10 +154,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     library, hidden = torch.ops.pixcontrast, values["hidden"]
     for mask in (valid, None):
         torch.library.opcheck(library.head_moments.default, (hidden, mask))
-        mean, variance, _ = library.head_moments(hidden, mask)
+        mean, variance, count = library.head_moments(hidden, mask)
         arguments = (hidden, mask, mean, variance, values["norm_weight"], values["norm_bias"], values["weight"])
         torch.library.opcheck(library.head.default, (*arguments, values["bias"]))
-        torch.library.opcheck(library.head_backward.default, (grad, *arguments, True))
+        torch.library.opcheck(library.head_backward.default, (grad, *arguments, 1 / count.to(mean.dtype)))
 
 
 @pytest.mark.parametrize(

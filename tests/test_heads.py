@@ -51,11 +51,12 @@ def plain_selector(selectors: ClassSelectors, c: int) -> nn.Sequential:
     return nn.Sequential(linear1, norm, nn.LeakyReLU(0.2), linear2).to(selectors.weight1.dtype)
 
 
-@pytest.fixture(params=["class by class", "all at once"])
+@pytest.fixture(params=["by kernels", "by PyTorch"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to compute the selectors: a CPU's, and that of devices that must not be waited for."""
-    if request.param == "all at once":
+    """Both ways to compute the layers: by kernels, and that of devices which have none or must not be waited for."""
+    if request.param == "by PyTorch":
         monkeypatch.setattr("pixcontrast.heads.can_look", lambda _: False)
+        monkeypatch.setattr("pixcontrast.heads.MLPHead._fuses", staticmethod(lambda _: False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -21,35 +21,50 @@ __device__ __forceinline__ void put_pack(T* to, Pack<T> pack) {
   store_pack(to, pack);
 }
 
+// What an operand may do with its packs on their way from registers to shared memory, not before: until then they may
+// still be under way.
+struct AsTheyAre {
+  template <class Pack>
+  __device__ __forceinline__ Pack operator()(const Pack& pack, int, int) const {
+    return pack;
+  }
+};
+
 // Rows that lie along the depth, four threads a row. source(row, depth, valid) is the pack of the row that starts at
-// that depth, of which `valid` numbers are left.
-template <class Product, class Source>
+// that depth, of which `valid` numbers are left; it goes through map(pack, depth, valid).
+template <class Product, class Source, class Map = AsTheyAre>
 class DepthRows {
   using T = typename Product::Number;
 
  public:
   using Tile = OperandTile<T, true>;
 
-  __device__ __forceinline__ DepthRows(int last, const Source& source) : last_(last), source_(source) {}
+  __device__ __forceinline__ DepthRows(int last, const Source& source, const Map& map = Map())
+      : last_(last), source_(source), map_(map) {}
 
   __device__ __forceinline__ void fetch(int depth) {
+    if constexpr (!std::is_same_v<Map, AsTheyAre>) depth_ = depth + column();
     CU_UNROLL for (int i = 0; i < 2; ++i) pack_[i] = source_(row(i), depth + column(), last_ - depth - column());
   }
   __device__ __forceinline__ void put(T* tile) const {
-    CU_UNROLL for (int i = 0; i < 2; ++i) put_pack<Product>(tile + Tile::place(row(i), column()), pack_[i]);
+    CU_UNROLL for (int i = 0; i < 2; ++i) {
+      put_pack<Product>(tile + Tile::place(row(i), column()), map_(pack_[i], depth_, last_ - depth_));
+    }
   }
 
  private:
   static __device__ __forceinline__ int row(int i) { return threadIdx.x / 4 + kTile / 2 * i; }
   static __device__ __forceinline__ int column() { return threadIdx.x % 4 * kPack<T>; }
 
-  int last_;
+  int last_, depth_ = 0;
   Source source_;
+  Map map_;
   Pack<T> pack_[2];
 };
 
-// Numbers that lie along the rows: source(depth) is where those of that depth start, or null; `rows` of them exist.
-template <class Product, class Source>
+// Numbers that lie along the rows: source(depth) is where those of that depth start, or null; `rows` of them exist. A
+// pack goes through map(pack, row, valid), with the row it starts at and how many are left.
+template <class Product, class Source, class Map = AsTheyAre>
 class RowColumns {
   using T = typename Product::Number;
   static constexpr int kPacks = kTile / kPack<T>;  // of a depth
@@ -57,8 +72,8 @@ class RowColumns {
  public:
   using Tile = OperandTile<T, false>;
 
-  __device__ __forceinline__ RowColumns(int last, int rows, bool aligned, const Source& source)
-      : last_(last), left_(rows - row()), aligned_(aligned), source_(source) {}
+  __device__ __forceinline__ RowColumns(int last, int rows, bool aligned, const Source& source, const Map& map = Map())
+      : last_(last), left_(rows - row()), aligned_(aligned), source_(source), map_(map) {}
 
   __device__ __forceinline__ void fetch(int depth) {
     CU_UNROLL for (int i = 0; i < 2; ++i) {
@@ -68,7 +83,9 @@ class RowColumns {
     }
   }
   __device__ __forceinline__ void put(T* tile) const {
-    CU_UNROLL for (int i = 0; i < 2; ++i) put_pack<Product>(tile + Tile::place(row(), column(i)), pack_[i]);
+    CU_UNROLL for (int i = 0; i < 2; ++i) {
+      put_pack<Product>(tile + Tile::place(row(), column(i)), map_(pack_[i], row(), left_));
+    }
   }
 
  private:
@@ -78,6 +95,7 @@ class RowColumns {
   int last_, left_;
   bool aligned_;
   Source source_;
+  Map map_;
   Pack<T> pack_[2];
 };
 
