@@ -183,9 +183,9 @@ cudaError_t launch_weight_gradient(const ProjectBackward<T>& args, const Plan<T>
 template <class T>
 cudaError_t launch_bias_gradient(const ProjectBackward<T>& args, const Plan<T>& plan, cudaStream_t stream) {
   if (args.outputs == 0) return cudaSuccess;
-  const dim3 grid(blocks_for(args.outputs, kSumColumns), static_cast<unsigned>(plan.bias_parts.count));
-  const cudaError_t status = cu_launch(bias_gradient<T>, grid, dim3(kSumColumns, kSumThreads), 0, stream, args,
-                                       plan.start, plan.bias_parts.rows, plan.bias_sums);
+  const cudaError_t status =
+      cu_launch(bias_gradient<T>, sum_grid(args.outputs, plan.bias_parts), dim3(kSumColumns, kSumThreads), 0, stream,
+                args, plan.start, plan.bias_parts.rows, plan.bias_sums);
   if (status != cudaSuccess) return status;
   return cu_launch(add_parts<T>, dim3(blocks_for(args.outputs, 256)), dim3(256), 0, stream, plan.bias_sums,
                    plan.bias_parts.count, args.outputs, args.grad_bias);

@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .checks import (
+    check_float,
+    check_int64,
+    check_label_values,
+    check_like,
+    check_pixel_values,
+    check_pixels_and_labels,
+    check_queue,
+)
 from .functions import InfoNCE, MemoryMean, Positive, Project
 from .select import Anchors
 
 BACKENDS = ("auto", "extension", "reference")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class PositiveOutput(NamedTuple):
@@ -59,14 +67,14 @@ def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, ba
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, named.
     """
-    _check_float("queue", queue)
+    check_float("queue", queue)
     if queue.dim() != 3:
         raise ValueError(f"queue must be [C, N, D], got {tuple(queue.shape)}")
-    _check_like("counts", counts, (queue.shape[0],), queue.device)
-    _check_int64("counts", counts)
+    check_like("counts", counts, (queue.shape[0],), queue.device)
+    check_int64("counts", counts)
     if weights is not None:
-        _check_like("queue_weights", weights, tuple(queue.shape[:2]), queue.device)
-        _check_float("queue_weights", weights)
+        check_like("queue_weights", weights, tuple(queue.shape[:2]), queue.device)
+        check_float("queue_weights", weights)
         weights = weights.to(reference.accumulation_dtype(queue.dtype))
     queue = queue.detach()
     if uses_extension(backend, queue.device, queue.dtype):
@@ -110,7 +118,7 @@ def positive_contrast(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or (on CPU) label values that do not fit, named.
     """
-    _check_pixels_and_labels(features, labels)
+    check_pixels_and_labels(features, labels)
     check_queue(queue, features)
     if queue_counts is None:
         queue_counts = torch.full((queue.shape[0],), queue.shape[1], dtype=torch.int64, device=queue.device)
@@ -151,16 +159,16 @@ def contrast_with_mean(
     Raises:
         ValueError, TypeError: as there.
     """
-    shape = _check_pixels_and_labels(features, labels)
-    _check_float("mean", mean)
+    shape = check_pixels_and_labels(features, labels)
+    check_float("mean", mean)
     if mean.dim() != 2 or mean.shape[1] != features.shape[1]:
         raise ValueError(f"mean must be [C, D={features.shape[1]}], got {tuple(mean.shape)}")
-    _check_like("counts", counts, (mean.shape[0],), features.device)
-    _check_int64("counts", counts)
+    check_like("counts", counts, (mean.shape[0],), features.device)
+    check_int64("counts", counts)
     mean = mean.to(reference.accumulation_dtype(features.dtype))
     if weights is not None:
-        _check_like("weights", weights, shape, features.device)
-        _check_float("weights", weights)
+        check_like("weights", weights, shape, features.device)
+        check_float("weights", weights)
         weights = weights.to(mean.dtype)
     if not torch.is_grad_enabled():  # a Function is told of leaves that want a gradient all the same
         features, mean = features.detach(), mean.detach()
@@ -175,17 +183,6 @@ def contrast_with_mean(
     check_label_values(labels, mean.shape[0], ignore_index, "labels")
     labels = torch.where(labels == ignore_index, -1, labels)
     return PositiveOutput(*reference.positive(features, labels, weights, mean, counts, loss_weight))
-
-
-def _check_pixels_and_labels(features: Tensor, labels: Tensor) -> tuple[int, ...]:
-    """The shape of ``labels``, which goes with that of ``features``."""
-    _check_float("features", features)
-    if features.dim() not in (2, 4):
-        raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
-    shape = (features.shape[0], *features.shape[2:])
-    _check_like("labels", labels, shape, features.device)
-    _check_int64("labels", labels)
-    return shape
 
 
 class InfoNCEOutput(NamedTuple):
@@ -230,7 +227,7 @@ def infonce_contrast(
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
     """
-    _check_float("features", features)
+    check_float("features", features)
     if features.dim() not in (2, 4):
         raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
     for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
@@ -243,8 +240,8 @@ def infonce_contrast(
     if queue_counts is None:
         queue_counts = [torch.full((q.shape[0],), q.shape[1], dtype=torch.int64, device=q.device) for q in queues]
     for queue, counts in zip(queues, queue_counts, strict=True):
-        _check_like("counts", counts, (queue.shape[0],), queue.device)
-        _check_int64("counts", counts)
+        check_like("counts", counts, (queue.shape[0],), queue.device)
+        check_int64("counts", counts)
     constants = [queue.detach() for queue in queues]
     features = features if torch.is_grad_enabled() else features.detach()
     if uses_extension(backend, features.device, features.dtype):
@@ -280,21 +277,21 @@ def project(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or (on CPU) pixels that do not fit, named.
     """
-    _check_float("features", features)
+    check_float("features", features)
     if features.dim() not in (2, 4):
         raise ValueError(f"features must be [P, Din] or [B, Din, H, W], got {tuple(features.shape)}")
     if index.dim() != 1:
         raise ValueError(f"index must be [R], got {tuple(index.shape)}")
-    _check_like("index", index, tuple(index.shape), features.device)
-    _check_int64("index", index)
-    _check_float("weight", weight)
+    check_like("index", index, tuple(index.shape), features.device)
+    check_int64("index", index)
+    check_float("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [Dout, Din={features.shape[1]}], got {tuple(weight.shape)}")
-    _check_like("weight", weight, (weight.shape[0], features.shape[1]), features.device)
+    check_like("weight", weight, (weight.shape[0], features.shape[1]), features.device)
     if bias is not None:
-        _check_float("bias", bias)
-        _check_like("bias", bias, (weight.shape[0],), features.device)
-    _check_pixels(index, features.numel() // max(features.shape[1], 1))
+        check_float("bias", bias)
+        check_like("bias", bias, (weight.shape[0],), features.device)
+    check_pixel_values(index, features.numel() // max(features.shape[1], 1))
     device = features.device.type
     if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
         features = features.to(torch.get_autocast_dtype(device))
@@ -302,52 +299,3 @@ def project(
     if uses_extension(backend, features.device, features.dtype):
         return Project.apply(features, index, weight, bias)
     return reference.project(features, index, weight, bias)
-
-
-def check_queue(queue: Tensor, features: Tensor) -> None:
-    """Raise ``ValueError`` or ``TypeError`` unless ``queue`` is ``[C, N, D]`` and goes with ``features``."""
-    _check_float("queue", queue)
-    if queue.dim() != 3 or queue.shape[2] != features.shape[1]:
-        raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
-    if queue.device != features.device:
-        raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
-
-
-def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
-    """Raise ``ValueError`` if CPU ``labels`` hold a class outside ``[0, num_classes)``; a GPU would have to wait."""
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
-        return
-    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if wrong.any():
-        values = torch.unique(labels[wrong]).tolist()
-        listed = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
-        raise ValueError(
-            f"{where}: {int(wrong.sum())} of {labels.numel()} labels are outside 0..{num_classes - 1} and are not "
-            f"ignore_index={ignore_index}: {listed}. Set num_classes or ignore_index, or map the labels"
-        )
-
-
-def _check_pixels(index: Tensor, pixels: int) -> None:
-    if torch.compiler.is_compiling() or index.device.type != "cpu":
-        return
-    wrong = (index < -1) | (index >= pixels)
-    if wrong.any():
-        listed = ", ".join(map(str, torch.unique(index[wrong])[:8].tolist()))
-        raise ValueError(f"index: {int(wrong.sum())} of {index.numel()} are outside -1..{pixels - 1}: {listed}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-
-
-def _check_int64(name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {tensor.dtype}; use {name}.long()")
-
-
-def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {device}; move it there")

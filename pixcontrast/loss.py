@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .checks import check_queue
 from .distributed import contrast_over_ranks, world_size
-from .functional import BACKENDS, check_queue, contrast_with_mean, infonce_contrast, memory_mean
+from .functional import BACKENDS, contrast_with_mean, infonce_contrast, memory_mean
 from .memory import ClassMemory
 from .reference import MIN_ROWS
 from .select import Anchors, all_anchors, hard_anchors, labels_at

@@ -1,7 +1,7 @@
 // Sums over all rows: rows are split into parts, whose sums, in the workspace, are added in order.
 #pragma once
 
-#include "device.cuh"
+#include "launch.h"
 #include "numbers.cuh"
 
 namespace pixcontrast::cuda {
@@ -32,6 +32,10 @@ __global__ void add_parts(const float* sums, int64_t parts, int64_t numbers, T* 
 // ---- sums of columns: a block has 32 columns and 8 threads for each
 
 constexpr int kSumColumns = 32, kSumThreads = 8;
+
+inline dim3 sum_grid(int64_t columns, const Parts& parts) {
+  return dim3(blocks_for(columns, kSumColumns), static_cast<unsigned>(parts.count));
+}
 
 // The rows of a block, whose part is blockIdx.y.
 struct PartRows {

@@ -22,7 +22,7 @@ Results = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def head(kernels: Callable[..., Kernels]) -> Kernels:
-    return kernels("head")
+    return kernels("head", "head_backward")
 
 
 @dataclass

@@ -1,0 +1,73 @@
+"""What arguments must be. Each check raises a ``ValueError`` or ``TypeError`` that names the argument, what was given
+and what is expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_pixels_and_labels(features: Tensor, labels: Tensor) -> tuple[int, ...]:
+    """``features [P, D]`` or ``[B, D, H, W]`` and the ``labels`` that go with them, whose shape is returned."""
+    check_float("features", features)
+    if features.dim() not in (2, 4):
+        raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
+    shape = (features.shape[0], *features.shape[2:])
+    check_like("labels", labels, shape, features.device)
+    check_int64("labels", labels)
+    return shape
+
+
+def check_queue(queue: Tensor, features: Tensor) -> None:
+    """``queue [C, N, D]`` that goes with ``features``."""
+    check_float("queue", queue)
+    if queue.dim() != 3 or queue.shape[2] != features.shape[1]:
+        raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
+    if queue.device != features.device:
+        raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
+
+
+def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
+    """CPU ``labels`` within ``[0, num_classes)`` or ignored; a GPU would have to wait."""
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if wrong.any():
+        values = torch.unique(labels[wrong]).tolist()
+        listed = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
+        raise ValueError(
+            f"{where}: {int(wrong.sum())} of {labels.numel()} labels are outside 0..{num_classes - 1} and are not "
+            f"ignore_index={ignore_index}: {listed}. Set num_classes or ignore_index, or map the labels"
+        )
+
+
+def check_pixel_values(index: Tensor, pixels: int) -> None:
+    """CPU pixels within ``-1..pixels - 1``; a GPU would have to wait."""
+    if torch.compiler.is_compiling() or index.device.type != "cpu":
+        return
+    wrong = (index < -1) | (index >= pixels)
+    if wrong.any():
+        listed = ", ".join(map(str, torch.unique(index[wrong])[:8].tolist()))
+        raise ValueError(f"index: {int(wrong.sum())} of {index.numel()} are outside -1..{pixels - 1}: {listed}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """A dtype that the operators know."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_int64(name: str, tensor: Tensor) -> None:
+    """int64."""
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}; use {name}.long()")
+
+
+def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """That shape, on that device."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}; move it there")
