@@ -60,9 +60,9 @@ size_t head_moments_cuda_workspace(const HeadMomentsCuda<T>& args);
 template <class T>
 cudaError_t head_moments_cuda(const HeadMomentsCuda<T>& args, void* workspace, cudaStream_t stream);
 
-// With tensor_cores, float is rounded to tf32; they need compute capability 8.0.
 template <class T>
 size_t head_cuda_workspace(const HeadCuda<T>& args);
+// With tensor_cores, float is rounded to tf32; they need compute capability 8.0.
 template <class T>
 cudaError_t head_cuda(const HeadCuda<T>& args, bool tensor_cores, void* workspace, cudaStream_t stream);
 

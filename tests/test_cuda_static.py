@@ -18,6 +18,7 @@ REQUIRED = {
     r"contrast_rows.*RowShapeILi[48]": [WIDE_LOAD, WIDE_STORE],
     r"sum_rows.*RowShapeILi[48]": [WIDE_LOAD],
     r"project_rows.*RowShapeILi[48]": [WIDE_LOAD],
+    r"through_norm.*Li[48]E": [WIDE_LOAD, WIDE_STORE],
     r"tensor_passIf": ["HMMA.*TF32", ASYNCHRONOUS_COPY],
     r"tensor_passI6__half": [TENSOR_CORES, MATRIX_LOAD, ASYNCHRONOUS_COPY],
     r"tensor_passI13__nv_bfloat16": ["HMMA.*BF16", MATRIX_LOAD, ASYNCHRONOUS_COPY],
