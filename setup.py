@@ -94,6 +94,7 @@ def extension():
         "pixcontrast._C",
         sorted(sources),
         depends=sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)),
+        include_dirs=[str(Path("csrc").resolve())],
         define_macros=[*macros, ("PIXCONTRAST_WITH_CUDA", None)] if cuda else macros,
         extra_compile_args={"cxx": compiler_flags(), "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]},
     )

@@ -1,8 +1,8 @@
 // The Python module pixcontrast._C: loading it registers the operators; what else it has needs no dispatcher.
 #include <pybind11/pybind11.h>
 
-#include "cpu/kept_memory.h"
-#include "cpu/row_kernels.h"
+#include "common/cpu/kept_memory.h"
+#include "common/cpu/row_kernels.h"
 
 namespace py = pybind11;
 

@@ -4,7 +4,7 @@
 // H100, 21125 rows x 256 to 256: 22 MB a matrix in float32, 7 us; 2.8 GFLOP a product, 50 us of FMA units or 6 us of
 // tensor cores in bf16. The hidden rows are read three times (the product has two tiles of outputs), the result written
 // once: 30 us of memory.
-#include "cuda/head.cuh"
+#include "common/cuda/head.cuh"
 
 namespace pixcontrast {
 namespace cuda {

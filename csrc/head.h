@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
-#include "cpu/row_products.h"
-#include "positive.h"
+#include "common/cpu/row_products.h"
+#include "common/layout.h"
 
 namespace pixcontrast {
 

@@ -4,7 +4,7 @@
 // H100, 21125 rows x 256 to 256, float32: a matrix (22 MB, 7 us) is read or written about twelve times, 80 us; two
 // products of 50 us of FMA units, or 6 us of tensor cores in bf16. The gradient of the weight has 4 tiles, split into
 // 66 parts, whose 17 MB of sums take another 10 us.
-#include "cuda/head.cuh"
+#include "common/cuda/head.cuh"
 
 namespace pixcontrast {
 namespace cuda {

@@ -1,6 +1,6 @@
 // The heads behind their first product as PyTorch sees them.
+#include "common/layer_ops.h"
 #include "head.h"
-#include "layer_ops.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include "head_cuda.h"

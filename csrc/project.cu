@@ -3,8 +3,8 @@
 // H100, 21125 pixels x 2048 to 256: 22 GFLOP, 332 blocks. The features are read twice (once from memory: blocks that
 // share pixels are neighbours), the weight by each block from the L2 cache: in bf16 86 MB from memory (29 us), 0.35 GB
 // from L2 (60 us), 55 us of tensor cores at 400 TFLOP/s; in float32 400 us of FMA units.
-#include "cuda/launch.h"
-#include "cuda/pixels.cuh"
+#include "common/cuda/launch.h"
+#include "common/cuda/pixels.cuh"
 #include "project_cuda.h"
 
 namespace pixcontrast {

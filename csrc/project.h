@@ -6,7 +6,7 @@
 // No torch header: raw pointers and sizes. T is how all numbers are stored.
 #pragma once
 
-#include "positive.h"
+#include "common/layout.h"
 
 namespace pixcontrast {
 

@@ -6,9 +6,9 @@
 // cleared and written, in bf16 2 x 86 MB (58 us); lanes of a warp write runs of 8 pixels or channels. The gradient of
 // the weight reads the features twice and dy 16 times from L2 (0.35 GB, 60 us); its 32 tiles are split into 8 parts,
 // 264 blocks, whose 17 MB of sums take another 10 us.
-#include "cuda/launch.h"
-#include "cuda/parts.cuh"
-#include "cuda/pixels.cuh"
+#include "common/cuda/launch.h"
+#include "common/cuda/parts.cuh"
+#include "common/cuda/pixels.cuh"
 #include "project_cuda.h"
 
 namespace pixcontrast {

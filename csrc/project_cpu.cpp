@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "common/cpu/parallel.h"
 #include "project.h"
 
 namespace pixcontrast {

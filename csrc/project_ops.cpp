@@ -1,6 +1,6 @@
 // The operator `project` as PyTorch sees it: schemas, checks that keep memory accesses in bounds, allocation, dispatch.
 // What is friendly to people (names, hints) is checked before in pixcontrast/functional.py.
-#include "ops.h"
+#include "common/old_tensor.h"
 #include "project.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA

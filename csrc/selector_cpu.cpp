@@ -14,11 +14,11 @@
 
 #include <vector>
 
-#include "cpu/blocks.h"
-#include "cpu/moments.h"
-#include "cpu/row_kernels.h"
-#include "cpu/row_products.h"
-#include "cpu/weight_sums.h"
+#include "common/cpu/blocks.h"
+#include "common/cpu/moments.h"
+#include "common/cpu/row_kernels.h"
+#include "common/cpu/row_products.h"
+#include "common/cpu/weight_sums.h"
 #include "selector.h"
 
 namespace pixcontrast {

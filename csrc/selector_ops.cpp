@@ -1,5 +1,5 @@
 // The class selectors as PyTorch sees them, on CPUs: elsewhere PyTorch computes them, see pixcontrast/heads.py.
-#include "layer_ops.h"
+#include "common/layer_ops.h"
 #include "selector.h"
 
 namespace pixcontrast {

@@ -49,6 +49,8 @@ class ContrastBranch(nn.Module):
         objective: ``"positive"`` or ``"infonce"``.
         dim: width of projection, prediction and memory.
         capacity: memory rows of each class; ``None``: 256 for positive, 0 (anchors against each other) for infonce.
+        memory_dtype: storage of the memory rows. InfoNCE multiplies in this dtype: with ``torch.bfloat16``, or with
+            ``torch.float16``, on tensor cores.
         variant: ``"paper"``, or ``"released"`` to repeat the authors' code. For positive: the memory rows all weigh the
             same, the *lowest* scored rows are remembered, scores come from projections instead of predictions, feature
             selectors see rows of any norm, and ``quota`` counts for the whole batch instead of for each image. For
@@ -81,6 +83,7 @@ class ContrastBranch(nn.Module):
         objective: str = "positive",
         dim: int = 256,
         capacity: int | None = None,
+        memory_dtype: torch.dtype = torch.float32,
         variant: str = "paper",
         ignore_index: int = 255,
         threshold: float = 0.95,
@@ -129,7 +132,7 @@ class ContrastBranch(nn.Module):
             self.select_memory = ClassSelectors(num_classes, dim)
         self.capacity = (256 if objective == "positive" else 0) if capacity is None else capacity
         if self.capacity > 0 or objective == "positive":
-            self.memory = ClassMemory(num_classes, self.capacity, dim, sync=sync)
+            self.memory = ClassMemory(num_classes, self.capacity, dim, sync=sync, dtype=memory_dtype)
 
     @torch.no_grad()
     def remember(
@@ -220,7 +223,10 @@ class ContrastBranch(nn.Module):
             rows, used = self._anchor_rows(features, label, anchors), anchors.pixels >= 0
             listed = Anchors(_places(used), anchors.labels)
             queue = self.memory if self.capacity > 0 else None
-            return self.criterion.contrast(normalize(rows, dim=1), listed, queue, return_stats=return_stats)
+            # normalize() of autocast gives float32, and products of mixed dtypes would run in float32
+            dtype = rows.dtype if queue is None else queue.rows.dtype
+            unit = normalize(rows, dim=1).to(dtype)
+            return self.criterion.contrast(unit, listed, queue, return_stats=return_stats)
         label = label.reshape(-1)
         valid = label >= 0
         rows = self.predict(self.project.at(features, _places(valid)), valid)

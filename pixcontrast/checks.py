@@ -3,6 +3,8 @@ and what is expected."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,17 @@ def check_queue(queue: Tensor, features: Tensor) -> None:
         raise ValueError(f"queue must be [C, N, D={features.shape[1]}], got {tuple(queue.shape)}")
     if queue.device != features.device:
         raise ValueError(f"queue is on {queue.device}, features on {features.device}; move one of them")
+
+
+def check_key_count(queues: Sequence[Tensor], device: torch.device) -> None:
+    """As many keys as the CUDA kernels can count in 32 bits, a tile of each class and queue included."""
+    most = 2**30 - 2**21  # the rest is for the anchors
+    keys = sum(queue.shape[0] * (queue.shape[1] + 64) for queue in queues)
+    if device.type == "cuda" and keys > most:
+        raise ValueError(
+            f"queues hold {keys} keys (each class and queue counts 64 more), and on CUDA there may be {most}; "
+            "contrast with a part of them"
+        )
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:

@@ -12,6 +12,7 @@ from . import ops, reference
 from .checks import (
     check_float,
     check_int64,
+    check_key_count,
     check_label_values,
     check_like,
     check_pixel_values,
@@ -79,7 +80,7 @@ def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, ba
     queue = queue.detach()
     if uses_extension(backend, queue.device, queue.dtype):
         if weights is None:  # nothing to differentiate
-            return torch.ops.pixcontrast.memory_mean(queue, counts, None)
+            return torch.ops.pixcontrast.class_mean(queue, counts, None)
         return MemoryMean.apply(queue, counts, weights)
     return reference.memory_mean(queue, counts, weights)
 
@@ -239,6 +240,7 @@ def infonce_contrast(
             raise ValueError(f"queues must have the same classes, got {queues[0].shape[0]} and {queue.shape[0]}")
     if queue_counts is None:
         queue_counts = [torch.full((q.shape[0],), q.shape[1], dtype=torch.int64, device=q.device) for q in queues]
+    check_key_count(queues, features.device)
     for queue, counts in zip(queues, queue_counts, strict=True):
         check_like("counts", counts, (queue.shape[0],), queue.device)
         check_int64("counts", counts)

@@ -16,7 +16,7 @@ class MemoryMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queue: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(queue, counts, weights)
-        return torch.ops.pixcontrast.memory_mean(queue, counts, weights)
+        return torch.ops.pixcontrast.class_mean(queue, counts, weights)
 
     @staticmethod
     @once_differentiable
@@ -24,7 +24,7 @@ class MemoryMean(torch.autograd.Function):
         queue, counts, weights = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:
             return None, None, None
-        return None, None, torch.ops.pixcontrast.memory_mean_backward(grad_mean, queue, counts, weights)
+        return None, None, torch.ops.pixcontrast.class_mean_backward(grad_mean, queue, counts, weights)
 
 
 class Positive(torch.autograd.Function):
@@ -185,23 +185,19 @@ class Selector(torch.autograd.Function):
         return rows if rows_grad else None, None, None, first, None, mean, None, *norm, weight, bias, None
 
 
-def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], incoming: Tensor) -> list[Tensor | None]:
-    """Gradients, written for an incoming gradient of one, times the one that came.
+def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor) -> list[Tensor | None]:
+    """Gradients, which forward computed for ``grad_output = 1``, times ``grad_output``.
 
-    They are scaled in place, unless the graph is kept and they will be asked for again. A CPU looks whether there is
-    anything to do; on CUDA the kernel does, because looking would mean waiting.
+    In place, unless the graph is kept and they may be asked for again. A CPU reads ``grad_output`` and skips a factor
+    of one; on CUDA one kernel scales all of them, because reading it would wait for the device.
     """
     wanted = [grad if need else None for need, grad in zip(needed, grads, strict=True)]
-    keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-    if not keep and incoming.device.type == "cpu" and incoming.item() == 1:
-        return wanted
-    return [None if grad is None else _times(grad, incoming, keep) for grad in wanted]
-
-
-def _times(grad: Tensor, incoming: Tensor, keep: bool) -> Tensor:
-    if keep:
-        return grad * incoming.to(grad.dtype)
-    if incoming.device.type == "cpu":
-        return grad.mul_(incoming.to(grad.dtype))
-    torch.ops.pixcontrast.scale_(grad, incoming)
-    return grad
+    written = [grad for grad in wanted if grad is not None]
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
+    if grad_output.device.type != "cpu":
+        torch.ops.pixcontrast.scale_(written, grad_output)
+    elif grad_output.item() != 1:
+        for grad in written:
+            grad.mul_(grad_output.to(grad.dtype))
+    return wanted

@@ -260,11 +260,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[P, E]``.
     """
-    if _needs_own_kernel(rows):
-        return torch.ops.pixcontrast.grouped_linear_cuda(rows, weight, ends)
-    if _grouped_mm_takes(rows, weight):
+    if _uses_grouped_mm(rows, weight):
         return grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    # float64 and odd widths: one product a class (waits for the device)
+    if _has_own_kernel(rows):
+        return torch.ops.pixcontrast.grouped_linear_cuda(rows, weight, ends)
+    # one product a class, which on CUDA synchronises
     parts = rows.tensor_split(ends[:-1].tolist())
     return torch.cat([part @ matrix.t() for part, matrix in zip(parts, weight, strict=True)])
 
@@ -272,24 +272,32 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("pixcontrast::grouped_outer", mutates_args=())
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``sum_i left[i] right[i].T`` of each class, for rows sorted by class: ``[P, E]``, ``[P, D]`` to ``[C, E, D]``."""
-    if _needs_own_kernel(left):
-        return torch.ops.pixcontrast.grouped_outer_cuda(left, right, ends)
-    if _grouped_mm_takes(left, right):
+    if _uses_grouped_mm(left, right):
         return grouped_mm(left.t(), right, offs=ends)
+    if _has_own_kernel(left):
+        return torch.ops.pixcontrast.grouped_outer_cuda(left, right, ends)
     splits = ends[:-1].tolist()
     pairs = zip(left.tensor_split(splits), right.tensor_split(splits), strict=True)
     return torch.stack([one.t() @ other for one, other in pairs])
 
 
-def _needs_own_kernel(matrix: Tensor) -> bool:
-    """Whether ``grouped_mm`` would wait for the device, as it does on CUDA with all dtypes but bfloat16."""
-    own = ops.missing_kernel(matrix.device, matrix.dtype) is None
-    return own and matrix.device.type == "cuda" and matrix.dtype != torch.bfloat16
+def _has_own_kernel(matrix: Tensor) -> bool:
+    """Whether the extension has a grouped product for ``matrix``: on CUDA only, for every width, asynchronous."""
+    return matrix.device.type == "cuda" and ops.missing_kernel(matrix.device, matrix.dtype) is None
 
 
-def _grouped_mm_takes(*matrices: Tensor) -> bool:
-    """Whether ``grouped_mm`` has a kernel: no float64, and rows of a multiple of 16 bytes."""
-    return all(m.dtype != torch.float64 and m.shape[-1] * m.element_size() % 16 == 0 for m in matrices)
+def _uses_grouped_mm(*matrices: Tensor) -> bool:
+    """Whether PyTorch's ``grouped_mm`` computes the product.
+
+    It has no float64 and takes only rows of a multiple of 16 bytes. On CUDA it is asynchronous for bfloat16 on compute
+    capability 9.x and 10.x alone, and on 10.x it has returned gradients for classes without rows (pytorch#172439).
+    """
+    if any(m.dtype == torch.float64 or m.shape[-1] * m.element_size() % 16 for m in matrices):
+        return False
+    first = matrices[0]
+    if not _has_own_kernel(first):
+        return True
+    return first.dtype == torch.bfloat16 and torch.cuda.get_device_capability(first.device)[0] == 9
 
 
 @grouped_linear.register_fake

@@ -54,25 +54,25 @@ def _accumulation(tensor: Tensor) -> torch.dtype:
 
 if available():
 
-    @torch.library.register_fake("pixcontrast::memory_mean")
-    def _(queue: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
+    @torch.library.register_fake("pixcontrast::class_mean")
+    def _(queue: Tensor, counts: Tensor, weight_logits: Tensor | None) -> Tensor:
         return queue.new_empty((queue.shape[0], queue.shape[2]), dtype=_accumulation(queue))
 
-    @torch.library.register_fake("pixcontrast::memory_mean_backward")
-    def _(grad_mean: Tensor, queue: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        return torch.empty_like(weights, memory_format=torch.contiguous_format)
+    @torch.library.register_fake("pixcontrast::class_mean_backward")
+    def _(grad_mean: Tensor, queue: Tensor, counts: Tensor, weight_logits: Tensor) -> Tensor:
+        return torch.empty_like(weight_logits, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("pixcontrast::positive")
     def _(
         features: Tensor,
         labels: Tensor,
-        weights: Tensor | None,
+        weight_logits: Tensor | None,
         mean: Tensor,
         memory_counts: Tensor,
         loss_weight: float,
         ignore_index: int,
         features_grad: bool,
-        weights_grad: bool,
+        weight_logits_grad: bool,
         mean_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         classes = mean.shape[0]
@@ -83,7 +83,7 @@ if available():
             labels.new_empty((classes,)),
             labels.new_empty(()),
             torch.empty_like(features) if features_grad else features.new_empty(0),
-            features.new_empty(labels.shape if weights_grad else 0, dtype=dtype),
+            features.new_empty(labels.shape if weight_logits_grad else 0, dtype=dtype),
             torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
         )
 
@@ -110,7 +110,7 @@ if available():
         )
 
     @torch.library.register_fake("pixcontrast::scale_")
-    def _(numbers: Tensor, factor: Tensor) -> None:
+    def _(tensors: list[Tensor], factor: Tensor) -> None:
         return None
 
     @torch.library.register_fake("pixcontrast::grouped_linear_cuda")

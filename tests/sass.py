@@ -63,8 +63,18 @@ def compile_all() -> dict[tuple[Path, str], Future[Path]]:
 
 def compile_kernels(source: Path, architecture: str) -> Path:
     checks = ("-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror", "-Werror", "all-warnings")
-    command = (nvcc() or "nvcc", "-cubin", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={architecture}", *checks)
-    return cached(f"{source.stem}-{architecture}.cubin", (*command, str(source)), text_of(source))
+    command = (
+        nvcc() or "nvcc",
+        "-cubin",
+        "-std=c++17",
+        "-O3",
+        "-DPIXCONTRAST_WITH_CUDA",
+        f"-I{ROOT / 'csrc'}",
+        f"-arch={architecture}",
+        *checks,
+    )
+    room = source.parent.name if source.stem == "cuda" else source.stem
+    return cached(f"{room}-{architecture}.cubin", (*command, str(source)), text_of(source))
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from pixcontrast import ContrastBranch, PixelContrastLoss
+from pixcontrast.functional import infonce_contrast
 from pixcontrast.select import labels_at
 
 CLASSES, CHANNELS, DIM = 4, 12, 16
@@ -163,3 +164,30 @@ def test_a_branch_without_memory_says_so() -> None:
         make_branch().remember(features, None, labels)
     with pytest.raises(ValueError, match="objective must be one of"):
         ContrastBranch(CHANNELS, CLASSES, objective="nce")
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_reaches_the_kernel_under_autocast(half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    features, labels = torch.randn(2, 12, 16, 16), torch.randint(0, 3, (2, 16, 16))
+    seen = []
+
+    def spy(features: Tensor, anchors, queues=(), **options):
+        seen.append([features.dtype, *(queue.dtype for queue in queues)])
+        return infonce_contrast(features, anchors, queues, **options)
+
+    monkeypatch.setattr("pixcontrast.loss.infonce_contrast", spy)
+    for capacity, dtypes in ((0, [half]), (8, [half, half])):
+        options = {"objective": "infonce", "dim": 8, "capacity": capacity, "max_samples": 64, "max_views": 10}
+        branch = ContrastBranch(12, 3, memory_dtype=half, **options).eval()
+        exact = ContrastBranch(12, 3, **options).eval()
+        exact.load_state_dict(branch.state_dict())
+        results = []
+        for each, enabled in ((exact, False), (branch, True)):
+            with torch.autocast("cpu", half, enabled=enabled):
+                if capacity:
+                    each.remember(features, None, labels, generator=torch.Generator().manual_seed(1))
+                results.append(each(features, labels, generator=torch.Generator().manual_seed(2)))
+        assert seen.pop() == dtypes and seen.pop()[0] == torch.float32
+        assert results[1].dtype == torch.float32
+        assert abs(results[0] - results[1]) < 0.05 * abs(results[0])

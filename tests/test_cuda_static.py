@@ -29,7 +29,11 @@ REQUIRED = {
 }
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc (set CUDA_HOME)")
-EACH = [pytest.param(source, arch, id=f"{source.stem}-{arch}") for source in SOURCES for arch in SHARED_MEMORY]
+EACH = [
+    pytest.param(source, arch, id=f"{source.parent.name}-{source.stem}-{arch}")
+    for source in SOURCES
+    for arch in SHARED_MEMORY
+]
 
 
 @pytest.fixture(scope="module")

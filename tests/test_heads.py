@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pixcontrast import heads, ops
 from pixcontrast.heads import ClassSelectors, MaskedBatchNorm1d, MLPHead, grouped_linear, grouped_outer
 
 
@@ -186,3 +188,35 @@ def test_a_head_in_autocast(form: None) -> None:
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.05)
     result.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "capability", "expected"),
+    [
+        (torch.bfloat16, 256, (9, 0), True),
+        (torch.bfloat16, 250, (9, 0), False),  # rows of no multiple of 16 bytes
+        (torch.bfloat16, 256, (8, 0), False),  # would copy the offsets to the host
+        (torch.bfloat16, 256, (10, 0), False),  # pytorch#172439
+        (torch.float16, 256, (9, 0), False),
+        (torch.float32, 256, (9, 0), False),
+    ],
+)
+def test_grouped_mm_computes_on_a_gpu_only_what_it_computes_rightly_and_asynchronously(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(ops, "missing_kernel", lambda device, dtype: None)
+    with FakeTensorMode():
+        rows, weight = (
+            torch.empty(8, dim, dtype=dtype, device="cuda"),
+            torch.empty(3, 4, dim, dtype=dtype, device="cuda"),
+        )
+        assert heads._uses_grouped_mm(rows, weight) is expected
+        assert heads._has_own_kernel(rows)
+
+
+def test_grouped_mm_is_taken_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "missing_kernel", lambda device, dtype: "built without CUDA kernels")
+    with FakeTensorMode():
+        assert heads._uses_grouped_mm(torch.empty(8, 256, device="cuda"))
+    assert not heads._uses_grouped_mm(torch.empty(8, 256, dtype=torch.float64))

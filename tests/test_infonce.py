@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracle import infonce_pairs
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixcontrast.functional import infonce_contrast
 from pixcontrast.reference import as_rows
@@ -314,3 +315,12 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     arguments = {"features": torch.randn(6, 4), "anchors": Anchors(torch.arange(3), torch.arange(3)), "queues": ()}
     with pytest.raises(ValueError, match=message):
         infonce_contrast(**arguments | change)
+
+
+def test_too_many_keys_for_the_cuda_kernels_is_one_clear_error() -> None:
+    with FakeTensorMode():
+        features = torch.empty(100, 16, device="cuda")
+        anchors = Anchors(torch.empty(9, dtype=torch.int64, device="cuda"), torch.zeros(9, dtype=torch.int64))
+        queue = torch.empty(1000, 1 << 20, 16, device="cuda")
+        with pytest.raises(ValueError, match=r"queues hold 1088704000 keys .* on CUDA there may be 1071644672"):
+            infonce_contrast(features, anchors, [queue, queue[:, :40000]], backend="reference")

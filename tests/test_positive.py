@@ -270,10 +270,10 @@ def test_opcheck(seed: int, dtype: torch.dtype) -> None:
     library = torch.ops.pixcontrast
     sums = accumulation_dtype(dtype)
     queue_weights = torch.randn(case.queue.shape[:2], dtype=sums)
-    mean = library.memory_mean(case.queue, case.counts, queue_weights)
-    torch.library.opcheck(library.memory_mean.default, (case.queue, case.counts, queue_weights))
+    mean = library.class_mean(case.queue, case.counts, queue_weights)
+    torch.library.opcheck(library.class_mean.default, (case.queue, case.counts, queue_weights))
     torch.library.opcheck(
-        library.memory_mean_backward.default, (torch.randn_like(mean), case.queue, case.counts, queue_weights)
+        library.class_mean_backward.default, (torch.randn_like(mean), case.queue, case.counts, queue_weights)
     )
     weights = torch.randn(case.labels.shape, dtype=sums)
     for needs in ((True, True, True), (False, False, False), (True, False, True)):

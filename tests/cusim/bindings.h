@@ -1,7 +1,7 @@
 // What the bindings of operators share.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "common/cuda/device.cuh"
 
 // body(T()) for the type of that number: 0 float, 1 bfloat16, 2 half.
 template <class Body>

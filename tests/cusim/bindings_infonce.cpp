@@ -1,6 +1,6 @@
 // InfoNCE for the tests, with up to two queues. Types are 0 for float, 1 for bfloat16, 2 for half. Without a workspace
 // a call only says in *needed how many bytes it needs.
-#include "infonce_cuda.h"
+#include "infonce/infonce_cuda.h"
 
 using namespace pixcontrast;
 

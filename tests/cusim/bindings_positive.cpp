@@ -1,7 +1,8 @@
-// Positive objective and memory mean for the tests: `type` is 0 for float, 1 for bfloat16, 2 for half. Without
+// Positive objective and class means for the tests: `type` is 0 for float, 1 for bfloat16, 2 for half. Without
 // a workspace a call only says in *bytes how many bytes it needs.
 #include "bindings.h"
-#include "positive_cuda.h"
+#include "class_mean/class_mean.h"
+#include "positive/positive.h"
 
 using namespace pixcontrast;
 
@@ -43,15 +44,15 @@ extern "C" int64_t run_positive(int64_t type, int64_t sm_count, int64_t pixels, 
 }
 
 // With grad_mean: the backward form.
-extern "C" int64_t run_memory_mean(int64_t type, int64_t classes, int64_t capacity, int64_t dim, const void* queue,
-                                   const int64_t* counts, const float* weights, float* mean, const float* grad_mean,
-                                   float* grad_weights, void* workspace, int64_t* bytes) {
+extern "C" int64_t run_class_mean(int64_t type, int64_t classes, int64_t capacity, int64_t dim, const void* queue,
+                                  const int64_t* counts, const float* weights, float* mean, const float* grad_mean,
+                                  float* grad_weights, void* workspace, int64_t* bytes) {
   return with_type(type, [&](auto one) {
     using T = decltype(one);
-    const MemoryMean<T> args{classes, capacity,  dim,         static_cast<const T*>(queue), counts, weights,
-                             mean,    grad_mean, grad_weights};
-    if (grad_mean) return static_cast<int64_t>(memory_mean_backward_cuda(args, nullptr));
-    if (!workspace) return store_bytes(bytes, memory_mean_cuda_workspace(args));
-    return static_cast<int64_t>(memory_mean_cuda(args, workspace, nullptr));
+    const ClassMean<T> args{classes, capacity,  dim,         static_cast<const T*>(queue), counts, weights,
+                            mean,    grad_mean, grad_weights};
+    if (grad_mean) return static_cast<int64_t>(class_mean_backward_cuda(args, nullptr));
+    if (!workspace) return store_bytes(bytes, class_mean_cuda_workspace(args));
+    return static_cast<int64_t>(class_mean_cuda(args, workspace, nullptr));
   });
 }

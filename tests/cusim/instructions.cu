@@ -1,6 +1,6 @@
 // One warp does each instruction of device.cuh, and each warp and block function that the CPU has to imitate, on
 // numbers in global memory. All matrices are row by row.
-#include "cuda/device.cuh"
+#include "common/cuda/device.cuh"
 
 namespace {
 

@@ -33,7 +33,7 @@ def test_linear(kernels, way, dtype, tensor_cores, counts, dim, outputs) -> None
     rows, weight = torch.randn(total + 3, dim).to(dtype), torch.randn(len(counts), outputs, dim).to(dtype)
     rows[total:] = float("nan")  # rows of no class
     result = torch.full((total + 3, outputs), 7.0, dtype=dtype)
-    kernels("grouped").run(
+    kernels("grouped_linear").run(
         way, "run_grouped_linear", TYPES.index(dtype), tensor_cores, total + 3, len(counts), dim, outputs, ends, rows,
         weight, result,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def test_outer(kernels, way, dtype, tensor_cores, counts, dim, outputs) -> None:
     left[total:] = float("nan")
     result = torch.empty(len(counts), outputs, dim, dtype=dtype)
     workspace = torch.empty(4 * (len(counts) + total // 2048 + 1) * outputs * dim, dtype=torch.uint8)
-    kernels("grouped").run(
+    kernels("grouped_linear").run(
         way, "run_grouped_outer", TYPES.index(dtype), tensor_cores, total + 3, len(counts), outputs, dim, ends, left,
         right, workspace, len(workspace), result,
     )  # fmt: skip

@@ -96,8 +96,8 @@ def run(head: Kernels, way: Way, case: Case) -> Results:
     used = case.hidden[case.used].double()
     assert count == len(used)
     if len(used) > 0:
-        torch.testing.assert_close(mean.double(), used.mean(0), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(variance.double(), used.var(0, correction=0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean.double(), used.mean(0), rtol=1e-6, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(variance.double(), used.var(0, correction=0), rtol=1e-5, atol=1e-6, equal_nan=True)
     share = 1 / count.float()
     if not case.own or len(used) < 2:
         (mean, variance), share = constants(case, FLOAT), torch.zeros(1)
@@ -190,6 +190,15 @@ def test_the_kink_of_relu_is_at_zero(head: Kernels) -> None:
     case = make_case(80, 24, 16, FLOAT, False)
     case.norm_bias *= 0.1  # y on both sides, none as near to zero as rounding is
     check(case, run(head, PLAIN, case))
+
+
+@pytest.mark.parametrize(("dtype", "tensor_cores"), PRODUCTS[:3])
+def test_nan_passes_the_rectifier(head: Kernels, dtype: torch.dtype, tensor_cores: bool) -> None:
+    case = make_case(30, 24, 16, dtype, tensor_cores, masked=False, own=False)
+    case.hidden[7, 3] = torch.nan
+    out = run(head, PLAIN, case)["out"]
+    assert out[7].isnan().all()
+    assert out[torch.arange(30) != 7].isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])

@@ -14,7 +14,7 @@ from cusim.kernels import KernelError, Kernels, Way
 
 PLAIN = Way("plain", 0)
 SOURCE = """
-#include "cuda/device.cuh"
+#include "common/cuda/device.cuh"
 #include "constant.h"
 extern "C" int answer(int64_t* x) { return cu_launch(+[](int64_t* x) { *x += kConstant; }, 1, 1, 0, nullptr, x); }
 extern "C" int status(int64_t status) { return status; }

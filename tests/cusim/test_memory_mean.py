@@ -61,11 +61,11 @@ def run_memory(kernels: Kernels, way: Way, memory: Memory) -> tuple[Tensor, Tens
     room = torch.zeros(1, dtype=torch.int64)
     sizes = TYPES.index(memory.queue.dtype), classes, capacity, dim
     inputs = memory.queue, memory.counts, memory.weights
-    kernels.run(way, "run_memory_mean", *sizes, *inputs, mean, None, None, None, room)
+    kernels.run(way, "run_class_mean", *sizes, *inputs, mean, None, None, None, room)
     workspace = np.full(max(int(room), 1), 0xA5, np.uint8)
-    kernels.run(way, "run_memory_mean", *sizes, *inputs, mean, None, None, workspace, room)
+    kernels.run(way, "run_class_mean", *sizes, *inputs, mean, None, None, workspace, room)
     if grad is not None:
-        kernels.run(way, "run_memory_mean", *sizes, *inputs, None, memory.grad_mean, grad, None, room)
+        kernels.run(way, "run_class_mean", *sizes, *inputs, None, memory.grad_mean, grad, None, room)
     return mean, grad
 
 
@@ -78,7 +78,7 @@ def check_memory(results: tuple[Tensor, Tensor | None], memory: Memory) -> None:
 
 @pytest.fixture(scope="module")
 def memory_mean(kernels: Callable[..., Kernels]) -> Kernels:
-    return kernels("positive", "memory_mean")
+    return kernels("positive", "class_mean")
 
 
 @pytest.mark.parametrize(

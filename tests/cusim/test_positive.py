@@ -14,7 +14,7 @@ from cusim.positive_cases import PLAIN, TYPES, Case, as_maps, check, make_case, 
 
 @pytest.fixture(scope="module")
 def positive(kernels: Callable[..., Kernels]) -> Kernels:
-    return kernels("positive", "memory_mean")
+    return kernels("positive", "class_mean")
 
 
 SHAPES = [(1, 2), (3, 1), (64, 19), (256, 5), (257, 19), (720, 2), (2048, 3), (3, 1000), (64, 150)]

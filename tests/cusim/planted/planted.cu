@@ -1,6 +1,6 @@
 // Two kernels that are right as they stand, and wrong in one way for each Bug. The lines that a report should name
 // mention the bug.
-#include "cuda/device.cuh"
+#include "common/cuda/device.cuh"
 
 namespace {
 

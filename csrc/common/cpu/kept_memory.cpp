@@ -1,0 +1,108 @@
+#include "common/cpu/kept_memory.h"
+
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <utility>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace pixcontrast::cpu {
+namespace {
+
+constexpr size_t kLeastBytes = size_t{8} << 20;  // of a block that is worth keeping
+
+// Fewer pages to take from the system.
+void use_large_pages(void* block, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto start = (reinterpret_cast<uintptr_t>(block) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(block) + bytes) / kPage * kPage;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
+}
+
+class KeptMemory : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < kLeastBytes) return system()->allocate(bytes);
+    auto memory = take(bytes);
+    if (!memory) {
+      memory = system()->allocate(bytes);
+      use_large_pages(memory.get(), bytes);
+    }
+    auto* const lent = new Block{std::move(memory), bytes};
+    return {lent->memory.get(), lent, &give_back, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }  // what is lent is not the memory itself
+
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+  void release() {
+    const std::lock_guard<std::mutex> guard(lock_);
+    kept_.clear();
+    kept_bytes_ = 0;
+    most_bytes_ = used_bytes_;
+  }
+
+  static KeptMemory& instance() {
+    static auto* const only = new KeptMemory();  // never destroyed: tensors may outlive everything static
+    return *only;
+  }
+
+ private:
+  struct Block {
+    c10::DataPtr memory;
+    size_t bytes;
+  };
+
+  static c10::Allocator* system() { return c10::GetDefaultCPUAllocator(); }
+
+  static void give_back(void* lent) {
+    auto* const block = static_cast<Block*>(lent);
+    auto& own = instance();
+    const std::lock_guard<std::mutex> guard(own.lock_);
+    own.used_bytes_ -= block->bytes;
+    own.kept_bytes_ += block->bytes;
+    own.kept_.push_back(std::move(*block));
+    delete block;
+  }
+
+  // A kept block of that size, or an empty pointer; then the oldest blocks have made room for a new one.
+  c10::DataPtr take(size_t bytes) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    used_bytes_ += bytes;
+    most_bytes_ = std::max(most_bytes_, used_bytes_);
+    const auto found = std::find_if(kept_.begin(), kept_.end(), [&](const Block& b) { return b.bytes == bytes; });
+    if (found != kept_.end()) {
+      auto memory = std::move(found->memory);
+      kept_.erase(found);
+      kept_bytes_ -= bytes;
+      return memory;
+    }
+    while (used_bytes_ + kept_bytes_ > most_bytes_) {
+      kept_bytes_ -= kept_.front().bytes;
+      kept_.pop_front();
+    }
+    return {};
+  }
+
+  std::mutex lock_;
+  std::deque<Block> kept_;  // those freed first come first
+  size_t kept_bytes_ = 0, used_bytes_ = 0, most_bytes_ = 0;
+};
+
+}  // namespace
+
+c10::Allocator* kept_memory() { return &KeptMemory::instance(); }
+
+void release_kept_memory() { KeptMemory::instance().release(); }
+
+}  // namespace pixcontrast::cpu

@@ -1,0 +1,93 @@
+// Rows in the dtype that sums are kept in, wherever and however they are stored.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "common/cpu/bf16.h"
+#include "common/layout.h"
+
+namespace pixcontrast::cpu {
+
+// to [count] = numbers of another dtype.
+template <class From, class To>
+void convert(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, c10::BFloat16>) {
+    if (has_bf16()) return round(from, count, to);
+  }
+  if constexpr (std::is_same_v<From, c10::BFloat16> && std::is_same_v<To, float>) {
+    if (has_bf16()) return widen(from, count, to);
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+// Room for one row, or some that follow each other; what is stored in the right dtype is read and written in place.
+template <class T>
+class RowBuffer {
+ public:
+  using A = Acc<T>;
+  static constexpr bool in_place = std::is_same_v<T, A>;
+
+  explicit RowBuffer(int64_t dim) : dim_(dim), room_(in_place ? 0 : dim) {}
+
+  const A* read(const T* row) { return read(row, dim_); }
+  // The first `count` numbers only.
+  const A* read(const T* row, int64_t count) {
+    if constexpr (in_place) return row;
+    convert(row, count, room_.data());
+    return room_.data();
+  }
+
+  // Where to put a row before write().
+  A* target(T* row) {
+    if constexpr (in_place) return row;
+    return room_.data();
+  }
+  void write(T* row) {
+    if constexpr (!in_place) convert(room_.data(), dim_, row);
+  }
+
+ private:
+  int64_t dim_;
+  std::vector<A> room_;
+};
+
+// A few neighbouring pixels of a map [D, H*W] as rows. The stride between rows keeps them in different cache sets.
+template <class T>
+class PixelTile {
+ public:
+  using A = Acc<T>;
+  static constexpr int64_t width = 16;
+
+  explicit PixelTile(int64_t dim) : dim_(dim), stride_(dim + 16), room_(width * stride_) {}
+
+  A* row(int64_t pixel) { return room_.data() + pixel * stride_; }
+
+  // map points at the tile's first pixel; map_pixels is the distance from one channel to the next.
+  void read(const T* map, int64_t map_pixels, int64_t count) {
+    if (count == width) return copy_in(map, map_pixels, std::integral_constant<int64_t, width>());
+    copy_in(map, map_pixels, count);
+  }
+  void write(T* map, int64_t map_pixels, int64_t count) {
+    if (count == width) return copy_out(map, map_pixels, std::integral_constant<int64_t, width>());
+    copy_out(map, map_pixels, count);
+  }
+
+ private:
+  template <class Count>
+  void copy_in(const T* map, int64_t map_pixels, Count count) {
+    for (int64_t d = 0; d < dim_; ++d)
+      for (int64_t p = 0; p < count; ++p) room_[p * stride_ + d] = static_cast<A>(map[d * map_pixels + p]);
+  }
+  template <class Count>
+  void copy_out(T* map, int64_t map_pixels, Count count) {
+    for (int64_t d = 0; d < dim_; ++d)
+      for (int64_t p = 0; p < count; ++p) map[d * map_pixels + p] = static_cast<T>(room_[p * stride_ + d]);
+  }
+
+  int64_t dim_, stride_;
+  std::vector<A> room_;
+};
+
+}  // namespace pixcontrast::cpu

@@ -1,0 +1,37 @@
+// How features lie in memory, and the dtype of sums. No torch header.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define PIXCONTRAST_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PIXCONTRAST_HOST_DEVICE inline
+#endif
+
+namespace pixcontrast {
+
+constexpr double kNormFloor = 1e-12;  // rows of a smaller norm count as the zero vector
+
+// Sums of T are kept in this type.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A feature matrix of P pixels and D channels: rows [P, D] (also channels_last maps), or maps [B, D, H*W].
+struct FeatureLayout {
+  int64_t pixels;      // P in all
+  int64_t dim;         // D
+  int64_t map_pixels;  // H*W of maps, 0 for rows
+
+  // Distance from one channel of a pixel to the next.
+  PIXCONTRAST_HOST_DEVICE int64_t channel_stride() const { return map_pixels == 0 ? 1 : map_pixels; }
+
+  // Where the first channel of a pixel is.
+  PIXCONTRAST_HOST_DEVICE int64_t offset(int64_t pixel) const {
+    if (map_pixels == 0) return pixel * dim;
+    return pixel / map_pixels * map_pixels * dim + pixel % map_pixels;
+  }
+};
+
+}  // namespace pixcontrast

@@ -1,0 +1,197 @@
+// Tensors as kernels see them: checks, allocation, dispatch by device and dtype. Only the files ops.cpp of the
+// operators include it.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "common/cpu/kept_memory.h"
+#include "common/segments.h"
+
+#ifdef PIXCONTRAST_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace pixcontrast {
+
+using at::Tensor;
+using std::optional;
+
+// The dtype that sums are kept in.
+inline at::ScalarType accumulation(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType accumulation(const Tensor& t) { return accumulation(t.scalar_type()); }
+
+// Elements of a tensor; null where there is none. T need not be the name that PyTorch has for the dtype.
+template <class T>
+const T* read(const Tensor& t) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
+template <class T>
+const T* read(const optional<Tensor>& t) {
+  return t.has_value() ? read<T>(*t) : nullptr;
+}
+template <class T>
+T* write(const Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+// ---- checks. What is friendly to people (hints, values of labels) is checked before, in Python.
+
+// `t`, contiguous, if it has these sizes, this dtype and this device.
+inline Tensor checked(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type,
+                      const c10::Device& device) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == device, name, " must be on ", device, ", got ", t.device());
+  return t.contiguous();
+}
+inline optional<Tensor> checked(const optional<Tensor>& t, const char* name, at::IntArrayRef sizes, at::ScalarType type,
+                                const c10::Device& device) {
+  return t.has_value() ? optional<Tensor>(checked(*t, name, sizes, type, device)) : optional<Tensor>();
+}
+
+// Segments of `rows` rows.
+struct CheckedSegments {
+  Tensor start, count;  // [C] int64
+  int64_t rows;
+
+  CheckedSegments(const Tensor& start_, const Tensor& count_, int64_t rows, const c10::Device& device) : rows(rows) {
+    TORCH_CHECK_VALUE(start_.dim() == 1, "start must be [C], got ", start_.sizes());
+    start = checked(start_, "start", start_.sizes(), at::kLong, device);
+    count = checked(count_, "count", start_.sizes(), at::kLong, device);
+    if (!device.is_cpu()) return;  // elsewhere, reading them would wait for the device
+    int64_t last = 0;
+    for (int64_t c = 0; c < start.numel(); ++c) {
+      const int64_t first = read<int64_t>(start)[c], size = read<int64_t>(count)[c];
+      TORCH_CHECK_VALUE(first >= last && size >= 0 && first + size <= rows, "segments must ascend within 0..", rows,
+                        ", got ", first, " and ", size, " for class ", c);
+      last = first + size;
+    }
+  }
+
+  Segments get() const { return {rows, start.numel(), read<int64_t>(start), read<int64_t>(count)}; }
+};
+
+// ---- features [P, D] or [B, D, H, W]
+
+inline at::MemoryFormat format_of(const Tensor& features) {
+  const bool channels_last = features.dim() == 4 && features.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// Features in a layout that kernels read: as they are, if they are contiguous or channels_last.
+inline Tensor checked_features(const Tensor& features) {
+  TORCH_CHECK_VALUE(features.dim() == 2 || features.dim() == 4, "features must be [P, D] or [B, D, H, W], got ",
+                    features.sizes());
+  return features.contiguous(format_of(features));
+}
+
+inline FeatureLayout layout_of(const Tensor& features) {
+  const bool planes = features.dim() == 4 && format_of(features) == at::MemoryFormat::Contiguous;
+  return {features.numel() / std::max<int64_t>(features.size(1), 1), features.size(1),
+          planes ? features.size(2) * features.size(3) : 0};
+}
+
+// ---- allocation
+
+// A result of the size of feature maps. On CPUs its memory is kept from step to step.
+inline Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options,
+                        at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  if (!options.device().is_cpu()) return at::empty(sizes, options.memory_format(format));
+  return Tensor(at::detail::empty_generic(sizes, cpu::kept_memory(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                          at::typeMetaToScalarType(options.dtype()), format));
+}
+
+// The gradient of features, laid out like them.
+inline Tensor empty_like_features(const Tensor& features) {
+  return empty_map(features.sizes(), features.options().memory_format(std::nullopt), format_of(features));
+}
+
+// `t`, or an empty tensor where an operator has nothing to return.
+inline Tensor defined_or_empty(const Tensor& t, const Tensor& like) {
+  return t.defined() ? t : at::empty({0}, like.options().memory_format(std::nullopt));
+}
+
+// ---- dispatch: dispatch<Device>(t, name, body) calls body(T{}, device) with the type that kernels have for the dtype
+
+struct Cpu {
+  template <class Body>
+  static void dispatch(const Tensor& t, const char* name, const Body& body) {
+    switch (t.scalar_type()) {
+      case at::kFloat:
+        return body(float{}, Cpu());
+      case at::kDouble:
+        return body(double{}, Cpu());
+      case at::kBFloat16:
+        return body(c10::BFloat16{}, Cpu());
+      case at::kHalf:
+        return body(c10::Half{}, Cpu());
+      default:
+        TORCH_CHECK_TYPE(false, name, ": no kernel for ", t.scalar_type());
+    }
+  }
+};
+
+#ifdef PIXCONTRAST_WITH_CUDA
+struct Cuda {
+  c10::Device device;
+  cudaStream_t stream;
+
+  template <class Body>
+  static void dispatch(const Tensor& t, const char* name, const Body& body) {
+    const c10::cuda::CUDAGuard guard(t.device());
+    const Cuda device{t.device(), c10::cuda::getCurrentCUDAStream()};
+    switch (t.scalar_type()) {
+      case at::kFloat:
+        return body(float{}, device);
+      case at::kBFloat16:
+        return body(__nv_bfloat16{}, device);
+      case at::kHalf:
+        return body(__half{}, device);
+      default:
+        TORCH_CHECK_TYPE(false, name, ": no CUDA kernel for ", t.scalar_type(),
+                         "; use float32, bfloat16 or float16, or backend=\"reference\"");
+    }
+  }
+
+  // Memory for a launch. PyTorch hands it out again only to later work of the same stream.
+  Tensor workspace(size_t bytes) const {
+    return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte).device(device));
+  }
+
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device.index()));
+    return value;
+  }
+  int sm_count() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // Whether the user lets float32 matrix products be rounded to tf32.
+  static bool allow_tf32() {
+    return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+           at::Float32Precision::TF32;
+  }
+
+  // Whether matrix products of this dtype go to tensor cores.
+  bool tensor_cores(at::ScalarType type) const {
+    return attribute(cudaDevAttrComputeCapabilityMajor) >= 8 && (type != at::kFloat || allow_tf32());
+  }
+};
+
+// Registers the operators of a room for each device: implement<Device>(library) calls library.impl(...).
+#define PIXCONTRAST_IMPLEMENT(implement)                                     \
+  TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) { implement<Cpu>(library); } \
+  TORCH_LIBRARY_IMPL(pixcontrast, CUDA, library) { implement<Cuda>(library); }
+#else
+#define PIXCONTRAST_IMPLEMENT(implement) \
+  TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) { implement<Cpu>(library); }
+#endif
+
+}  // namespace pixcontrast

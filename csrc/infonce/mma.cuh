@@ -1,0 +1,248 @@
+// A pass of InfoNCE on tensor cores, for D up to kDim with D a multiple of 16 (as in flash attention). A warp has 16
+// anchors; their sums over keys stay in registers, the anchors in shared memory, and tiles of keys come through two
+// buffers by asynchronous copies. One barrier a tile: copies into a buffer start when all warps have left it.
+//
+// What binds is reading shared memory, 128 bytes a cycle: a warp reads its anchors once and a tile of keys twice for
+// each tile. On an H100 (132 multiprocessors, 1.75 GHz) with D = 256:
+//   bfloat16  72 KB for 16 x 64 pairs: 0.46 ms or more for 1023 x 190000 pairs, whose multiplications alone take
+//             mma.sync about 0.32 ms. Blocks have 4 warps, 96 KB and 255 registers a thread; two on a multiprocessor,
+//             so that one multiplies while the other weighs or waits.
+//   tf32      80 KB for 16 x 32 pairs: 1.0 ms or more. Blocks have 8 warps, 192 KB, one on a multiprocessor.
+// Few anchors: 64 KB of keys are under way on a multiprocessor, so that 38 x 190000 pairs go at the speed of memory.
+#pragma once
+
+#include "infonce/pass.cuh"
+
+namespace pixcontrast::cuda {
+
+// Rows of kDim numbers of T in shared memory; rows and columns beyond the data are zero. 16-byte chunks of a row trade
+// places so that every read below takes its eight rows from different banks.
+template <class T, int kDim>
+struct SharedRows {
+  static constexpr int kChunks = kDim / kPack<T>;
+
+  // The numbers from `column` on.
+  static __device__ __forceinline__ int place(int row, int column) {
+    const int swap = sizeof(T) == 2 ? row % 8 : (row % 4 * 2) ^ (row & 4);
+    return row * kDim + ((column / kPack<T>)^swap) * kPack<T> + column % kPack<T>;
+  }
+
+  template <int Rows, int Threads>
+  static __device__ __forceinline__ void copy(T* to, const T* from, int rows, int dim) {
+    constexpr int kStep = Threads / kChunks;  // rows that are copied at a time
+    static_assert(Threads % kChunks == 0 && Rows % kStep == 0, "all threads must have as much to copy");
+    const int first = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kPack<T>;
+    from += int64_t{first} * dim + column;
+    CU_UNROLL for (int row = first; row < first + Rows; row += kStep) {
+      cu_cp_async16(to + place(row, column), from, row < rows && column < dim ? 16 : 0);
+      from += int64_t{kStep} * dim;
+    }
+  }
+};
+
+// What the two number formats have of their own: how a warp multiplies.
+template <class T, int kDim>
+struct TensorTile;
+
+// bfloat16 and half: fragments by ldmatrix; weights, rounded to T, are multiplied from the registers they are in.
+template <class T, int kDim>
+struct HalfTile {
+  using Number = T;
+  using Rows = SharedRows<T, kDim>;
+  static constexpr int kWarps = 4, kTileKeys = 64, kBlocks = 2;
+
+  static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same_v<T, __half>) {
+      cu_mma_f16_16816(d, a, b, d);
+    } else {
+      cu_mma_bf16_16816(d, a, b, d);
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t pair(float first, float second) {
+    union {
+      T numbers[2];
+      uint32_t bits;
+    };
+    numbers[0] = from_float<T>(first);
+    numbers[1] = from_float<T>(second);
+    return bits;
+  }
+
+  // z = anchors [16, kDim] keys^T
+  static __device__ __forceinline__ void compare(float (&z)[kTileKeys / 8][4], const T* anchors, const T* keys) {
+    const int lane = threadIdx.x % 32;
+    CU_UNROLL for (int column = 0; column < kDim; column += 16) {
+      uint32_t a[4];
+      cu_ldmatrix<4, false>(a, anchors + Rows::place(lane % 16, column + lane / 16 * 8));
+      CU_UNROLL for (int n = 0; n < kTileKeys / 8; n += 2) {
+        uint32_t b[4];
+        cu_ldmatrix<4, false>(b, keys + Rows::place(n * 8 + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+        multiply(z[n], a, {b[0], b[1]});
+        multiply(z[n + 1], a, {b[2], b[3]});
+      }
+    }
+  }
+
+  // sums += weights keys
+  static __device__ __forceinline__ void add(float (&sums)[kDim / 8][4], const float (&w)[kTileKeys / 8][4],
+                                             const T* keys) {
+    const int lane = threadIdx.x % 32;
+    CU_UNROLL for (int n = 0; n < kTileKeys / 8; n += 2) {
+      const uint32_t a[4] = {pair(w[n][0], w[n][1]), pair(w[n][2], w[n][3]), pair(w[n + 1][0], w[n + 1][1]),
+                             pair(w[n + 1][2], w[n + 1][3])};
+      CU_UNROLL for (int column = 0; column < kDim; column += 16) {
+        uint32_t b[4];
+        cu_ldmatrix<4, true>(b, keys + Rows::place(n * 8 + lane % 16, column + lane / 16 * 8));
+        multiply(sums[column / 8], a, {b[0], b[1]});
+        multiply(sums[column / 8 + 1], a, {b[2], b[3]});
+      }
+    }
+  }
+
+  // What numbers (n, i) and (n, i + 1), i even, of this lane belong to.
+  static __device__ __forceinline__ int anchor(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
+  static __device__ __forceinline__ int key(int n, int i) { return n * 8 + threadIdx.x % 4 * 2 + i % 2; }
+  static __device__ __forceinline__ int channel(int n, int i) { return key(n, i); }
+};
+template <int kDim>
+struct TensorTile<__nv_bfloat16, kDim> : HalfTile<__nv_bfloat16, kDim> {};
+template <int kDim>
+struct TensorTile<__half, kDim> : HalfTile<__half, kDim> {};
+
+// float as tf32. What a product sums over may be counted in any order, and so may its rows and columns: so that every
+// lane reads 16 bytes at a time, place k = t and t + 4 of a fragment are neighbours (channels 4t.. of two fragments,
+// keys as the weights lie in registers) and column g of four fragments are channels 4g... The hardware drops the low
+// bits of keys; anchors come rounded, weights are rounded here.
+template <int kDim>
+struct TensorTile<float, kDim> {
+  using Number = float;
+  using Rows = SharedRows<float, kDim>;
+  static constexpr int kWarps = 8, kTileKeys = 32, kBlocks = 1;
+
+  static __device__ __forceinline__ float4 load(const float* rows, int row, int column) {
+    return *reinterpret_cast<const float4*>(rows + Rows::place(row, column));
+  }
+  static __device__ __forceinline__ uint32_t bits(float x) { return __float_as_uint(x); }
+  // Rows g of eight, so that even and odd ones come from different banks, as do four even or four odd ones.
+  static __device__ __forceinline__ int spread(int g) { return g / 2 + g % 2 * 4; }
+
+  static __device__ __forceinline__ void compare(float (&z)[kTileKeys / 8][4], const float* anchors,
+                                                 const float* keys) {
+    const int g = spread(threadIdx.x % 32 / 4), t = threadIdx.x % 4;
+    CU_UNROLL for (int column = 0; column < kDim; column += 16) {
+      const float4 upper = load(anchors, g, column + 4 * t), lower = load(anchors, g + 8, column + 4 * t);
+      const uint32_t first[4] = {bits(upper.x), bits(lower.x), bits(upper.y), bits(lower.y)};
+      const uint32_t second[4] = {bits(upper.z), bits(lower.z), bits(upper.w), bits(lower.w)};
+      CU_UNROLL for (int n = 0; n < kTileKeys / 8; ++n) {
+        const float4 b = load(keys, n * 8 + g, column + 4 * t);
+        cu_mma_tf32_1688(z[n], first, {bits(b.x), bits(b.y)}, z[n]);
+        cu_mma_tf32_1688(z[n], second, {bits(b.z), bits(b.w)}, z[n]);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void add(float (&sums)[kDim / 8][4], const float (&w)[kTileKeys / 8][4],
+                                             const float* keys) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    CU_UNROLL for (int n = 0; n < kTileKeys / 8; ++n) {
+      const uint32_t a[4] = {cu_to_tf32(w[n][0]), cu_to_tf32(w[n][2]), cu_to_tf32(w[n][1]), cu_to_tf32(w[n][3])};
+      CU_UNROLL for (int column = 0; column < kDim; column += 32) {
+        const float4 even = load(keys, n * 8 + t, column + 4 * g), odd = load(keys, n * 8 + t + 4, column + 4 * g);
+        cu_mma_tf32_1688(sums[column / 8], a, {bits(even.x), bits(odd.x)}, sums[column / 8]);
+        cu_mma_tf32_1688(sums[column / 8 + 1], a, {bits(even.y), bits(odd.y)}, sums[column / 8 + 1]);
+        cu_mma_tf32_1688(sums[column / 8 + 2], a, {bits(even.z), bits(odd.z)}, sums[column / 8 + 2]);
+        cu_mma_tf32_1688(sums[column / 8 + 3], a, {bits(even.w), bits(odd.w)}, sums[column / 8 + 3]);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ int anchor(int i) { return spread(threadIdx.x % 32 / 4) + i / 2 * 8; }
+  static __device__ __forceinline__ int key(int n, int i) { return n * 8 + spread(threadIdx.x % 4 * 2 + i % 2); }
+  static __device__ __forceinline__ int channel(int n, int i) {
+    return n / 4 * 32 + (threadIdx.x % 4 * 2 + i % 2) * 4 + n % 4;
+  }
+};
+
+// Anchors of a block, threads, bytes of shared memory.
+template <class Tile>
+constexpr int kTensorRows = 16 * Tile::kWarps;
+template <class Tile>
+constexpr int kTensorThreads = 32 * Tile::kWarps;
+
+template <class T, int kDim>
+constexpr size_t kTensorShared =
+    size_t{kTensorRows<TensorTile<T, kDim>> + 2 * TensorTile<T, kDim>::kTileKeys} * kDim * sizeof(T);
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kTensorThreads<TensorTile<T, kDim>>, TensorTile<T, kDim>::kBlocks)
+    tensor_pass(const __grid_constant__ Pass pass) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  using Tile = TensorTile<T, kDim>;
+  using Rows = SharedRows<T, kDim>;
+  constexpr int kRows = kTensorRows<Tile>, kThreads = kTensorThreads<Tile>, kKeys = Tile::kTileKeys;
+  CU_DYN_SHARED(T, shared);
+  T* const keys = shared + kRows * kDim;
+
+  const int first_row = blockIdx.x * kRows, count = *pass.count;
+  if (first_row >= count) return;  // the whole block
+  const int rows = min(kRows, count - first_row);
+  const int2 tiles = tiles_of_block(pass, first_row, first_row + rows);
+  KeyTiles<T> find(pass, tiles.x);
+  KeyTile<T> next{};
+  Rows::template copy<kRows, kThreads>(shared, static_cast<const T*>(pass.rows) + int64_t{first_row} * pass.dim, rows,
+                                       pass.dim);
+  const auto copy_next = [&](int tile) {
+    if (tile < tiles.y) {
+      next = find.at(tile);
+      Rows::template copy<kKeys, kThreads>(keys + (tile - tiles.x) % 2 * kKeys * kDim, next.rows, next.valid, pass.dim);
+    }
+    cu_cp_async_commit();
+  };
+  copy_next(tiles.x);
+
+  const int warp_row = threadIdx.x / 32 * 16;
+  Row<4, kKeys / 4> row[2] = {{pass, first_row + warp_row + Tile::anchor(0), count},
+                              {pass, first_row + warp_row + Tile::anchor(2), count}};
+  float sums[kDim / 8][4] = {};
+  for (int tile = tiles.x; tile < tiles.y; ++tile) {
+    cu_cp_async_wait<0>();
+    __syncthreads();
+    const T* const here = keys + (tile - tiles.x) % 2 * kKeys * kDim;
+    const KeyTile<T> current = next;
+    copy_next(tile + 1);
+    if (!__any_sync(kAllLanes, row[0].needs(pass, current) || row[1].needs(pass, current))) continue;
+
+    float z[kKeys / 8][4] = {};
+    Tile::compare(z, shared + warp_row * kDim, here);
+    float factor[2];
+    CU_UNROLL for (int half = 0; half < 2; ++half) {
+      factor[half] = row[half].weigh(
+          pass, current, [&](int i) -> float& { return z[i / 2][2 * half + i % 2]; },
+          [](int i) { return Tile::key(i / 2, i); });
+    }
+    if (!pass.sums) continue;
+    if (__any_sync(kAllLanes, factor[0] != 1 || factor[1] != 1)) {
+      CU_UNROLL for (int n = 0; n < kDim / 8; ++n) {
+        CU_UNROLL for (int i = 0; i < 4; ++i) sums[n][i] *= factor[i / 2];
+      }
+    }
+    Tile::add(sums, z, here);
+  }
+  cu_cp_async_wait<0>();
+
+  CU_UNROLL for (int half = 0; half < 2; ++half) {
+    row[half].store(pass);
+    float* const to = pass.sums ? row[half].key_sums(pass) : nullptr;
+    if (to == nullptr) continue;
+    CU_UNROLL for (int n = 0; n < kDim / 8; ++n) {
+      CU_UNROLL for (int i = 0; i < 2; ++i) {
+        const int channel = Tile::channel(n, i);
+        if (channel < pass.dim) to[channel] = sums[n][2 * half + i];
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace pixcontrast::cuda
