@@ -16,13 +16,15 @@ The authors' code calls kornia 0.4.1; torchvision differs from it as follows:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from train.config import MethodConfig
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, confidence
 
@@ -59,6 +61,18 @@ WEAK = AugmentConfig(classmix=0.2, scale=0.5, jitter=0.2, jitter_strength=0.125)
 
 STRONG = AugmentConfig(classmix=0.75, scale=0.8, jitter=0.8, jitter_strength=0.25, blur=0.2)
 """Augmentation of unlabelled images in the authors' code."""
+
+
+def build_augmentation(method: MethodConfig) -> tuple[AugmentConfig, AugmentConfig]:
+    """Augmentation of the labelled and of the unlabelled images."""
+    weak = replace(WEAK, classmix=method.labelled_classmix, jitter_strength=method.labelled_jitter)
+    strong = replace(
+        STRONG,
+        classmix=method.unlabelled_classmix,
+        jitter_strength=method.unlabelled_jitter,
+        blur_horizontally=method.blur == "horizontal",
+    )
+    return weak, strong
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from train.errors import UserError
 
 
@@ -240,3 +242,16 @@ class FitConfig:
             raise UserError(f"--source-root has the classes of cityscapes, not of {data.dataset}: leave it out")
         if optim.repeated_updates and self.model.network == "timm":
             raise UserError("--repeated-updates counts tensors of the paper's networks: choose one with --network")
+
+
+def parse_fit(arguments: list[str], default: FitConfig | None = None, description: str | None = None) -> FitConfig:
+    """The configuration ``default`` (all defaults unless given), changed by options of the command ``fit``.
+
+    Raises:
+        SystemExit: arguments that cannot be parsed, or ``--help``.
+    """
+    style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --lr, not --optim.lr
+    default = FitConfig() if default is None else default
+    return tyro.cli(
+        FitConfig, prog="python -m train fit", args=arguments, default=default, description=description, config=style
+    )

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake in the input, not in the program."""
+"""The two exceptions that are no bugs of the program: a mistake in the input, and an interrupt."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that names what was given (with the path), what is expected, and what to do.
     ``python -m train`` prints it as ``error: ...`` and exits with status 2, without a traceback.
     """
+
+
+class Interrupted(Exception):
+    """The training was interrupted and has written its checkpoint; the message says how to go on."""

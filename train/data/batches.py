@@ -13,15 +13,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.folder import SegmentationDataset
+from train.data.dataset import SegmentationDataset
 from train.errors import UserError
 
+Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B, H, W] int64
 Sample = tuple[int, int]  # number of the sample in the stream, index of the item in the data set
-ORDER, CROP = 0, 1  # what a random stream is for
+ORDER, CROP = 0, 1  # purpose of a random stream
 
 
 class Batches:
     """Endless batches; batch ``i`` depends only on ``(seed, stream, i)``, never on what was read before.
+
+    So resuming needs one number and no saved loader state (torchdata's ``StatefulDataLoader`` would save one for each
+    loader process, and could not resume with another number of them).
 
     Every epoch is a fresh permutation of ``indices``; an incomplete last batch is dropped. With fewer indices than
     ``batch_size``, each batch consists of several permutations. Every sample is a random crop; images smaller than the
@@ -75,7 +79,7 @@ class Batches:
         self.workers = workers
         self.key = (seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(stream.encode()))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield images uint8 ``[B, 3, h, w]`` and masks int64 ``[B, h, w]`` of batch ``start``, ``start + 1``, ...
 
         With several processes, B is the size of the part.
@@ -86,7 +90,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_leave_interrupts,
-            generator=torch.Generator(),  # otherwise the loader draws its base seed from the global generator
+            generator=torch.Generator(),  # by default the loader draws its base seed from the global generator
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -131,12 +135,12 @@ class _Crops(Dataset[Any]):
         self.crop_size = crop_size
         self.key = key
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, sample: Sample) -> Batch | UserError:
         number, index = sample
         try:
             image, mask = self.dataset[index]
         except UserError as error:
-            return error  # raised by a worker, it would arrive with the worker's traceback in its message
+            return error  # a worker that raised it would add its traceback to the message
         height, width = self.crop_size
         missing = (0, max(0, width - mask.shape[1]), 0, max(0, height - mask.shape[0]))
         image, mask = pad(image, missing), pad(mask, missing, value=self.dataset.ignore_index)
@@ -148,11 +152,11 @@ class _Crops(Dataset[Any]):
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the loader processes too, but the step that it ends still needs them."""
+    """Ignore Ctrl-C in the loader processes: the last step still needs their batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(samples: list[Any]) -> tuple[Tensor, Tensor] | UserError:
+def _collate(samples: list[Any]) -> Batch | UserError:
     for sample in samples:
         if isinstance(sample, UserError):
             return sample

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from train.data.cityscapes import CLASSES, PALETTE
-from train.data.files import read_lines
-from train.data.labels import read_colours
-from train.data.pairs import PairDataset, Pairs, find_folder, pictures
+from train.data.classes import CITYSCAPES, CITYSCAPES_PALETTE, read_lines
+from train.data.dataset import Pairs, SegmentationDataset, find_folder, pictures
+from train.data.files import read_colours
 from train.errors import UserError
 
 PNG_END = b"IEND\xaeB`\x82"
 """The last bytes of every complete PNG."""
 
 
-def open_gta5(root: Path, split: str = "train", scale: float = 1.0, skip_unreadable: bool = False) -> PairDataset:
+def open_gta5(
+    root: Path, split: str = "train", scale: float = 1.0, skip_unreadable: bool = False
+) -> SegmentationDataset:
     """Open GTA5 as unpacked from its archives; colours become class ids in memory, files stay as they are.
 
     Layout::
@@ -33,7 +34,7 @@ def open_gta5(root: Path, split: str = "train", scale: float = 1.0, skip_unreada
     Args:
         root: the folder.
         split: ``"train"`` or ``"val"``.
-        scale: as in `PairDataset`; the paper halves the images.
+        scale: as in `SegmentationDataset`; the paper halves the images.
         skip_unreadable: leave unreadable pairs out, as the released code of Alonso et al. does, instead of failing.
 
     Raises:
@@ -63,8 +64,8 @@ def open_gta5(root: Path, split: str = "train", scale: float = 1.0, skip_unreada
             "open with skip_unreadable"
         )
     pairs = {item: pair for item, pair in pairs.items() if item not in problems}
-    read_label = partial(read_colours, palette=PALETTE)
-    return PairDataset("gta5", CLASSES, PALETTE, pairs, read_label, source, scale, scale_labels=split == "train")
+    classes, read_label = (CITYSCAPES, CITYSCAPES_PALETTE), partial(read_colours, palette=CITYSCAPES_PALETTE)
+    return SegmentationDataset("gta5", *classes, pairs, read_label, source, scale, scale_labels=split == "train")
 
 
 def _problem(image: Path, label: Path) -> str | None:

@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.data import cityscapes, voc
+from train.data.classes import CITYSCAPES, VOC
 
 FILE = Path(__file__).with_name("targets.csv")
 
@@ -37,7 +37,7 @@ class Target:
 
     @property
     def dataset(self) -> str:
-        """Name of the data set that is evaluated, as `train.data.open_dataset` knows it."""
+        """Name of the data set that is evaluated, as `train.data.datasets.open_dataset` knows it."""
         return "voc" if self.table == 2 else "cityscapes"
 
     @property
@@ -54,7 +54,7 @@ def targets() -> tuple[Target, ...]:
 
 def _target(row: dict[str, str]) -> Target:
     table = int(row["table"])
-    classes = voc.CLASSES if table == 2 else cityscapes.CLASSES
+    classes = VOC if table == 2 else CITYSCAPES
     values = [float(value) for value in row["iou"].split()]
     return Target(
         table,
