@@ -1,25 +1,21 @@
-"""Configurations as plain dictionaries, for files, and back."""
+"""config.json of a run: writing a configuration, reading it back, comparing it with another."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from train.config import FitConfig
 from train.errors import UserError
 
 CONFIG = "config.json"
 
 
-def to_plain(config: Any) -> Any:
-    """A dataclass as nested dicts of numbers, strings, lists and None, for files."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, tuple):
-        return [to_plain(value) for value in config]
-    return str(config) if isinstance(config, Path) else config
+def to_plain(config: FitConfig) -> dict[str, Any]:
+    """The configuration as nested dicts of numbers, strings, lists and None."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def from_plain(plain: dict[str, Any]) -> FitConfig:
@@ -28,11 +24,10 @@ def from_plain(plain: dict[str, Any]) -> FitConfig:
     Raises:
         UserError: a part or a field that this version does not know, or one that is missing.
     """
-    parts = {"data": DataConfig, "model": ModelConfig, "method": MethodConfig, "optim": OptimConfig, "run": RunConfig}
     paths = {"root", "out", "split_file", "source_root"}
     try:
         built: dict[str, Any] = {}
-        for name, part in parts.items():
+        for name, part in get_type_hints(FitConfig).items():
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain[name].items()}
             for path in paths & values.keys():
                 values[path] = None if values[path] is None else Path(values[path])
@@ -43,7 +38,7 @@ def from_plain(plain: dict[str, Any]) -> FitConfig:
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields (``"optim.lr 0.01 -> 0.02"``) in which two plain configurations would train different weights."""
+    """Differences (``"optim.lr 0.01 -> 0.02"``) of two plain configurations that would train different weights."""
     free = {"run", "data.workers", "data.root", "data.source_root"}
     flat_old, flat_new = _flatten(old), _flatten(new)
     return [

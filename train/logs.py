@@ -106,8 +106,6 @@ def _miou(evaluation: tuple[Record, str]) -> float:
 
 
 def _scores(record: Record, network: str, classes: tuple[str, ...]) -> Scores:
-    def number(name: str) -> float:
-        value = record.get(name)
-        return math.nan if value is None else value  # the log has null for a class that does not occur
-
-    return Scores({name: number(f"iou_{network}/{name}") for name in classes}, number(f"miou/{network}"))
+    numbers = {key: value for key, value in record.items() if value is not None}  # a class that does not occur is null
+    iou = {name: numbers.get(f"iou_{network}/{name}", math.nan) for name in classes}
+    return Scores(iou, numbers.get(f"miou/{network}", math.nan))

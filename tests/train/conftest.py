@@ -51,6 +51,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "rectangles")
 
 
+@pytest.fixture
+def small_folder(tmp_path: Path) -> Path:
+    """Three classes, images a (png), b (jpg, palette mask) and c, of 20 x 12 pixels."""
+    root = tmp_path / "mine"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    (root / "classes.txt").write_text("road\ntraffic light 250 170 30\n\nsky\n")
+    (root / "train.txt").write_text("b\na\n")
+    (root / "val.txt").write_text("c\n")
+    generator = np.random.default_rng(0)
+    for item, ending in (("a", "png"), ("b", "jpg"), ("c", "PNG")):
+        Image.fromarray(generator.integers(0, 256, (12, 20, 3), np.uint8)).save(root / "images" / f"{item}.{ending}")
+        mask = Image.fromarray(generator.choice(np.array([0, 1, 2, 255], np.uint8), (12, 20)))
+        if item == "b":
+            mask = mask.convert("P")
+            mask.putpalette([7] * 768)
+        mask.save(root / "masks" / f"{item}.png")
+    return root
+
+
 TINY_MODEL = ModelConfig(
     encoder="test_efficientnet",
     pretrained=False,

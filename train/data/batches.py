@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ Sample = tuple[int, int]  # number of the sample in the stream, index of the ite
 ORDER, CROP = 0, 1  # purpose of a random stream
 
 
+@dataclass(frozen=True)
 class Batches:
     """Endless batches; batch ``i`` depends only on ``(seed, stream, i)``, never on what was read before.
 
@@ -48,36 +51,35 @@ class Batches:
             reading an item raises.
     """
 
-    def __init__(
-        self,
-        dataset: SegmentationDataset,
-        indices: Sequence[int],
-        batch_size: int,
-        crop_size: int | tuple[int, int],
-        seed: int,
-        stream: str,
-        start: int = 0,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
-        if not indices:
-            raise UserError(f"no images for the {stream} batches: use more images or another labelled fraction")
-        if batch_size < 1 or min(self.crop_size) < 1:
-            raise UserError(f"batch size {batch_size} and crop size {crop_size}: expected at least 1 each")
-        if batch_size % world_size:
+    dataset: SegmentationDataset
+    indices: Sequence[int]
+    batch_size: int
+    crop_size: int | tuple[int, int]
+    seed: int
+    stream: str
+    start: int = 0
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.indices:
+            raise UserError(f"no images for the {self.stream} batches: use more images or another labelled fraction")
+        if self.batch_size < 1 or min(self._crop) < 1:
+            raise UserError(f"batch size {self.batch_size} and crop size {self.crop_size}: expected at least 1 each")
+        if self.batch_size % self.world_size:
             raise UserError(
-                f"{world_size} processes cannot share {stream} batches of {batch_size} images equally: give a multiple "
-                f"of {world_size}, or start another number of processes"
+                f"{self.world_size} processes cannot share {self.stream} batches of {self.batch_size} images equally: "
+                f"give a multiple of {self.world_size}, or start another number of processes"
             )
-        self.rank, self.part = rank, batch_size // world_size
-        self.dataset = dataset
-        self.indices = list(indices)
-        self.batch_size = batch_size
-        self.start = start
-        self.workers = workers
-        self.key = (seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(stream.encode()))
+
+    @property
+    def _crop(self) -> tuple[int, int]:
+        return (self.crop_size, self.crop_size) if isinstance(self.crop_size, int) else self.crop_size
+
+    @property
+    def _key(self) -> tuple[int, int]:
+        return self.seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(self.stream.encode())
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images uint8 ``[B, 3, h, w]`` and masks int64 ``[B, h, w]`` of batch ``start``, ``start + 1``, ...
@@ -85,8 +87,8 @@ class Batches:
         With several processes, B is the size of the part.
         """
         loader: DataLoader[Any] = DataLoader(
-            _Crops(self.dataset, self.crop_size, self.key),
-            batch_sampler=_BatchSampler(self),
+            _Crops(self.dataset, self._crop, self._key),
+            batch_sampler=map(self.samples, count(self.start)),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_leave_interrupts,
@@ -107,24 +109,12 @@ class Batches:
             repeats = -(-size // n)
             order = [index for r in range(repeats) for index in self._permutation(number * repeats + r)][:size]
         samples = [(number * size + position, index) for position, index in enumerate(order)]
-        return samples[self.rank * self.part : (self.rank + 1) * self.part]
+        part = size // self.world_size
+        return samples[self.rank * part : (self.rank + 1) * part]
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = np.random.default_rng([*self.key, ORDER, epoch])
+        generator = np.random.default_rng([*self._key, ORDER, epoch])
         return [self.indices[position] for position in generator.permutation(len(self.indices))]
-
-
-class _BatchSampler:
-    """Endless iteration over the samples of batch ``start``, ``start + 1``, ..."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        number = self.batches.start
-        while True:
-            yield self.batches.samples(number)
-            number += 1
 
 
 class _Crops(Dataset[Any]):

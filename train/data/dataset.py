@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +19,7 @@ Pairs = Mapping[str, tuple[Path, Path]]
 """Image file and label file of each id."""
 
 
+@dataclass(eq=False)
 class SegmentationDataset:
     """Images with maps of class ids.
 
@@ -42,37 +44,33 @@ class SegmentationDataset:
         UserError: no pairs, a file that does not exist, a scale out of range.
     """
 
-    def __init__(
-        self,
-        name: str,
-        classes: tuple[str, ...],
-        palette: Palette,
-        pairs: Pairs,
-        read_label: Callable[[Path], Tensor],
-        source: Path,
-        scale: float = 1.0,
-        scale_labels: bool = True,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
-        if not 0.0 < scale <= 1.0:
-            raise UserError(f"scale {scale}: expected above 0 and at most 1 (0.5 halves both sides of the images)")
-        if not pairs:
-            raise UserError(f"no images in {source}: check the path and that the archive is unpacked completely")
-        for item, (image, label) in sorted(pairs.items()):
+    name: str
+    classes: tuple[str, ...]
+    palette: Palette
+    pairs: Pairs
+    read_label: Callable[[Path], Tensor]
+    source: Path
+    scale: float = 1.0
+    scale_labels: bool = True
+    cache_bytes: int = CACHE_BYTES
+    ignore_index = IGNORE_INDEX
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.scale <= 1.0:
+            raise UserError(f"scale {self.scale}: expected above 0 and at most 1 (0.5 halves both sides of the images)")
+        if not self.pairs:
+            raise UserError(f"no images in {self.source}: check the path and that the archive is unpacked completely")
+        for item, (image, label) in sorted(self.pairs.items()):
             if not image.is_file():
-                raise UserError(f"{source} lists '{item}', but there is no image {image}: complete the data set")
+                raise UserError(f"{self.source} lists '{item}', but there is no image {image}: complete the data set")
             if not label.is_file():
                 raise UserError(
                     f"image {image} has no label {label}: add it (all {IGNORE_INDEX} if the image is unlabelled), or "
                     f"remove '{item}' from the data set"
                 )
-        self.name, self.classes, self.palette, self.ignore_index = name, classes, palette, IGNORE_INDEX
-        self.ids = sorted(pairs)
-        self._pairs = [pairs[item] for item in self.ids]
-        self._read_label = read_label
-        self._scale, self._scale_labels = scale, scale_labels
+        self.ids = sorted(self.pairs)
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
-        self._cache_left = cache_bytes
+        self._cache_left = self.cache_bytes
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,17 +90,17 @@ class SegmentationDataset:
         return image.clone(), label.long()
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
-        image_path, label_path = self._pairs[index]
-        image, label = read_image(image_path), self._read_label(label_path)
+        image_path, label_path = self.pairs[self.ids[index]]
+        image, label = read_image(image_path), self.read_label(label_path)
         if image.shape[1:] != label.shape:
             raise UserError(
                 f"image {image_path} is {image.shape[2]}x{image.shape[1]} pixels but its label {label_path} is "
                 f"{label.shape[1]}x{label.shape[0]}: both must have the same size"
             )
-        if self._scale != 1.0:
-            size = [max(1, round(side * self._scale)) for side in label.shape]
+        if self.scale != 1.0:
+            size = [max(1, round(side * self.scale)) for side in label.shape]
             image = interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-            if self._scale_labels:
+            if self.scale_labels:
                 label = interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
         if image.nbytes + label.nbytes <= self._cache_left:
             self._cache_left -= image.nbytes + label.nbytes

@@ -33,12 +33,12 @@ HEAD = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What came of loading weights; tensors by our names, without BatchNorm's counters of batches."""
+    """Which tensors were loaded, by our names, without BatchNorm's counters of batches."""
 
     source: str
-    """Where the weights are from."""
+    """``imagenet`` or a path."""
     loaded: list[str]
-    """Tensors of the network that now have the given values."""
+    """Tensors of the network that were replaced."""
     missing: list[str]
     """Tensors of the network that were not given; they keep their values."""
     unknown: list[str]
@@ -49,17 +49,9 @@ class LoadReport:
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
         parts = [f"{self.source}: {len(self.loaded)} of {total} tensors loaded"]
-        for what, names in self._rest().items():
-            parts.append(f"{len(names)} {what} ({_some(names)})")
-        return "; ".join(parts)
-
-    def details(self) -> str:
-        """Every tensor that was not loaded, one a line, below the line of ``str(report)``."""
-        return "\n".join([str(self)] + [f"  {what}: {name}" for what, names in self._rest().items() for name in names])
-
-    def _rest(self) -> dict[str, list[str]]:
         rest = {"not given": self.missing, "not in the network": self.unknown, "of another size": self.mismatched}
-        return {what: names for what, names in rest.items() if names}
+        parts += [f"{len(names)} {what} ({_some(names)})" for what, names in rest.items() if names]
+        return "; ".join(parts)
 
 
 def load_weights(network: DeepLab, source: str | Path) -> LoadReport:
@@ -152,7 +144,7 @@ def our_name(name: str) -> str:
 
 
 def _is_counter(name: str) -> bool:
-    """Whether ``name`` is of a counter of BatchNorm: older files have none, and nothing here reads them."""
+    """Whether ``name`` is a batch counter of BatchNorm: older files have none, and our layers do not read it."""
     return name.endswith("num_batches_tracked")
 
 

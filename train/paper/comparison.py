@@ -50,8 +50,8 @@ class Line:
 def lines_of(row: Row, splits: dict[int, dict[str, Scores]], result: str) -> dict[str, Line]:
     """Numbers of ``row`` for one of the results: the mean over the classes under :data:`MEAN`, then each class."""
     scores = [by_name[result] for by_name in splits.values() if result in by_name]
-    lines = {MEAN: Line([100 * score.miou for score in scores], row.target.miou)}
-    for name, printed in row.target.iou.items():
+    lines = {MEAN: Line([100 * score.miou for score in scores], row.miou)}
+    for name, printed in row.iou.items():
         lines[name] = Line([100 * score.iou[name] for score in scores], printed)
     return lines
 
@@ -64,7 +64,7 @@ def write_comparison(path: Path, title: str, results: Results) -> None:
         results: all rows of the table, in order; those without finished splits are shown as not run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    notes = [f"- `{row.name}`: {row.target.note}." for row in results if row.target.note]
+    notes = [f"- `{row.name}`: {row.note}." for row in results if row.note]
     parts = [f"# {title}", EXPLANATION, _summary(results)]
     if notes:
         parts += ["What is doubtful about the printed numbers:", "\n".join(notes)]

@@ -100,7 +100,7 @@ def _compare(config: ReproduceConfig, plan: dict[tuple[Row, int], FitConfig]) ->
     for (row, split), run in plan.items():
         splits = results.setdefault(row, {})
         if finished(run):
-            splits[split] = logged_scores(read_metrics(run.run.out), tuple(row.target.iou))
+            splits[split] = logged_scores(read_metrics(run.run.out), tuple(row.iou))
     name = "all-labels" if config.all_labels else config.method
     path = config.out / f"table{config.table}-{config.variant}-{name}.md"
     if rank() == 0:

@@ -67,7 +67,7 @@ def row_config(options: RowOptions, runs: Path = Path("runs")) -> FitConfig:
     row = find_row(options.row)
     config = variant_config(row, options.variant)
     source = options.data / "gta5" if row.adapts else None
-    weights = str(options.data / "weights" / COCO_WEIGHTS) if row.target.pretraining == "COCO" else "imagenet"
+    weights = str(options.data / "weights" / COCO_WEIGHTS) if row.pretraining == "COCO" else "imagenet"
     name = "all-labels" if options.all_labels else options.method
     out = runs / row.name / f"{options.variant}-{name}" / f"split{options.split}"
     config = replace(
@@ -93,7 +93,7 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
     return FitConfig(
         DataConfig(
             dataset=row.dataset,
-            labelled=row.target.labelled,
+            labelled=row.labelled,
             scale=sizes.scale,
             crop=sizes.crop,
             labelled_batch=sizes.labelled_batch,

@@ -33,14 +33,6 @@ TITLES: dict[Part, str] = {
     "all-labels": "all labels, nothing else",
 }
 
-METHODS: dict[Part, Literal["supervised", "pseudo", "contrast"]] = {
-    "supervised": "supervised",
-    "pseudo": "pseudo",
-    "contrast": "contrast",
-    "released": "contrast",
-    "all-labels": "supervised",
-}
-
 
 @dataclass(frozen=True)
 class AblationConfig:
@@ -111,11 +103,10 @@ def planned(config: AblationConfig, overrides: list[str]) -> dict[Run, FitConfig
 def _planned(config: AblationConfig, overrides: list[str], part: Part, labelled: int | float, seed: int) -> FitConfig:
     base = short_recipe(config.steps, seed)
     data = replace(base.data, dataset=config.dataset, root=config.root, labelled=labelled)
-    method = replace(
-        base.method,
-        method=METHODS[part],
-        variant="released" if part == "released" else "paper",
-    )
+    if part == "released":
+        method = replace(base.method, method="contrast", variant="released")
+    else:
+        method = replace(base.method, method="supervised" if part == "all-labels" else part, variant="paper")
     out = config.out / (part if part == "all-labels" else f"{part}-{labelled:g}") / f"seed{seed}"
     # evaluated once, at the end: nothing is chosen by these images
     run = replace(base.run, out=out, evaluate_every=config.steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import torch
 from train.config import FitConfig
 from train.data.folder import open_folder
 from train.evaluate import evaluate, evaluate_checkpoint, predict, scores_of
-from train.logs import BEST, MetricsLog, read_metrics
+from train.logs import BEST
 from train.loop import fit
-from train.scores import Scores, scores_table
 from train.session import build_training
 
 
@@ -54,29 +52,8 @@ def test_prediction_has_the_size_asked_for(tiny: FitConfig):
     assert predict(learner, image).shape == (32, 48) and predict(learner, image, (64, 96)).shape == (64, 96)
 
 
-def test_table():
-    columns = {"x": Scores({"a": 0.5, "b": math.nan}, 0.5), "y": Scores({"a": 1.0, "b": 0.0}, 0.5)}
-    assert scores_table(columns).splitlines() == [
-        "| IoU, % | x | y |",
-        "| --- | ---: | ---: |",
-        "| a | 50.0 | 100.0 |",
-        "| b | – | 0.0 |",
-        "| **mean** | **50.0** | **50.0** |",
-    ]
-
-
 def test_checkpoint_scores_as_at_the_end_of_the_training(tiny: FitConfig):
     scores = fit(tiny)
     best = scores.pop(BEST)
     assert set(scores) == {"student", "teacher"} and evaluate_checkpoint(tiny.run.out / "last.pt") == scores
     assert evaluate_checkpoint(tiny.run.out / "best.pt")["student"] == best
-
-
-def test_log_drops_what_came_after_the_checkpoint_and_half_a_line(tmp_path: Path):
-    lines = [json.dumps({"step": step, "x": step}) for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "x"')
-    log = MetricsLog(tmp_path, start=2)
-    log.write(3, {"x": 30.0, "bad": math.nan})
-    log.close()
-    assert read_metrics(tmp_path) == [{"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 30.0, "bad": None}]
-    assert list((tmp_path / "tensorboard").iterdir())

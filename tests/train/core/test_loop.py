@@ -10,7 +10,7 @@ import torch
 
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
-from train.logs import BEST, logged_scores, read_metrics
+from train.logs import BEST, read_metrics
 from train.loop import RESTARTED, Selection, fit
 from train.scores import Scores
 from train.session import open_session
@@ -101,18 +101,3 @@ def test_renewal_moves_the_statistics_of_the_best_student_only(tiny: FitConfig, 
     assert renewed[counter] == best[counter] + 3 and last[counter] > best[counter]
     record = read_metrics(config.run.out)[-1]
     assert record["step"] == 8 and scores[BEST].miou == max(0.4, record["miou/renewed"])
-
-
-def test_renewed_student_counts_as_a_choice():
-    records = [{"step": 1, "miou/student": 0.5}, {"step": 2, "miou/student": 0.25, "miou/renewed": 0.75}]
-    scores = logged_scores(records, ())
-    assert (scores["student"].miou, scores[BEST].miou) == (0.25, 0.75) and set(scores) == {"student", BEST}
-
-
-def test_logged_scores_of_runs_without_teacher_or_evaluation():
-    classes = ("a", "b")
-    assert logged_scores([{"step": 1}], classes) == {}
-    records = [{"step": 1, "miou/student": None}, {"step": 2, "miou/student": 0.25, "iou_student/a": 0.25}]
-    scores = logged_scores([*records, {"step": 3, "loss/total": 1.0}], classes)
-    assert list(scores) == ["student", BEST] and scores[BEST].miou == 0.25
-    assert scores[BEST].iou["a"] == 0.25 and scores[BEST].iou["b"] != scores[BEST].iou["b"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,7 +20,6 @@ import train.loop
 from train.augment import AugmentConfig
 from train.checkpoint import read_checkpoint
 from train.config import FitConfig
-from train.data.batches import Batches
 from train.data.folder import open_folder
 from train.distributed import any_rank, choose_device, mean_over_ranks, rank
 from train.errors import Interrupted, UserError
@@ -218,29 +216,6 @@ def test_evaluation_shared_by_two_processes_is_that_of_one(ranks: list[Results],
 def test_checkpoint_of_two_processes_is_refused_by_one(shared: FitConfig, ranks: list[Results], work: Path):
     with pytest.raises(UserError, match="was trained by 2 processes, this is one of 1: start as many, or choose"):
         open_session(in_folder(with_sync(shared, "reduce"), work / "whole"))
-
-
-def test_parts_of_a_batch_make_the_whole(folder: Path):
-    def batches(number: int = 0, world: int = 1) -> Batches:
-        data = open_folder(folder, "train")
-        return Batches(data, range(12), 4, 16, 0, "x", start=2, rank=number, world_size=world)
-
-    whole, *parts = (next(iter(stream)) for stream in (batches(), batches(0, 2), batches(1, 2)))
-    assert all(torch.equal(torch.cat(pair), of_whole) for *pair, of_whole in zip(*parts, whole, strict=True))
-    with pytest.raises(UserError, match="3 processes cannot share x batches of 4 images equally: give a multiple of 3"):
-        batches(0, 3)
-
-
-def test_loader_processes_go_on_after_an_interrupt(folder: Path):
-    """Ctrl-C reaches all processes, and torchrun passes it on to all."""
-    stream = iter(Batches(open_folder(folder, "train"), range(12), 4, 16, 0, "x", workers=1))
-    next(stream)
-    (loader,) = multiprocessing.active_children()
-    assert loader.pid is not None
-    os.kill(loader.pid, signal.SIGINT)
-    for _ in range(10):
-        next(stream)
-    assert loader.is_alive()
 
 
 @pytest.mark.parametrize(

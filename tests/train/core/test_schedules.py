@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch.optim import SGD
 
-from train.class_weights import ClassWeights
-from train.schedules import ema_decay, from_source, poly_schedule, pseudo_ramp
+from pixcontrast import ContrastBranch
+from train.config import OptimConfig
+from train.models import Learner
+from train.networks import build_network
+from train.networks.base import MEANS
+from train.schedules import build_optimizer, ema_decay, from_source, poly_schedule, pseudo_ramp, times_listed
 
 
 def test_ramp():
@@ -53,51 +59,54 @@ def test_learning_rate_is_polynomial():
     assert optimizer.param_groups[0]["lr"] == 0
 
 
-def labels(*counts: int) -> torch.Tensor:
-    """A batch with ``counts[c]`` pixels of class c and three ignored ones."""
-    values = [c for c, count in enumerate(counts) for _ in range(count)] + [255] * 3
-    return torch.tensor(values)[None, :, None]
+TIMES = {
+    "deeplab_v2": {
+        "backbone.conv1.weight": 1, "backbone.layer1.0.conv1.weight": 3, "backbone.layer4.2.conv3.weight": 3,
+        "backbone.layer1.0.downsample.0.weight": 4, "classifier.convs.0.weight": 3, "classifier.convs.1.bias": 3,
+    },
+    "deeplab_v3plus": {
+        "backbone.conv1.weight": 1, "backbone.layer3.5.conv2.weight": 3, "backbone.layer2.0.downsample.0.weight": 4,
+        "aspp.convs.0.0.weight": 3, "aspp.convs.2.1.bias": 3, "aspp.convs.4.1.weight": 3, "aspp.project.0.weight": 2,
+        "aspp.project.1.weight": 2, "skip.0.weight": 2, "skip.1.bias": 2, "decoder.0.0.weight": 3,
+        "decoder.1.1.bias": 3, "classifier.weight": 2, "classifier.bias": 2,
+    },
+}  # fmt: skip
 
 
-def test_class_weights_wait_for_both_windows_and_follow_the_median():
-    weights = ClassWeights(3, label_batches=2, pseudo_batches=2)
-    for step in range(2):
-        assert torch.equal(weights.weights(), torch.ones(3))
-        weights.count_labels(labels(1, 4, 4))
-        weights.count_pseudo(labels(1, 2, 8 * step))
-    # frequencies 2+2, 8+4, 8+8: the median is 12
-    assert weights.weights().tolist() == pytest.approx([3**0.5, 1, 0.75**0.5])
-    weights.count_labels(labels(100, 0, 0))  # the window of the labels is closed
-    weights.count_pseudo(labels(7, 2, 0))  # the oldest pseudo-labels (1, 2, 0) fall out: 10, 12, 16
-    assert weights.weights().tolist() == pytest.approx([1.2**0.5, 1, 0.75**0.5])
+@cache
+def learner(network: str) -> Learner:
+    with torch.device("meta"):
+        model = build_network(network, 19, MEANS["voc"])
+        return Learner(model, ContrastBranch(model.feature_channels, 19))
 
 
-def test_class_weights_of_absent_classes_and_of_labels_only():
-    weights = ClassWeights(4, label_batches=1, pseudo_batches=0)
-    weights.count_labels(labels(2, 8, 0, 4))
-    # median of 2, 8, 0, 4 is 3; the absent class gets the largest ratio of the others
-    assert weights.weights().tolist() == pytest.approx([1.5**0.5, 0.375**0.5, 1.5**0.5, 0.75**0.5])
+@pytest.mark.parametrize("network", TIMES)
+def test_tensors_are_updated_as_often_as_the_authors_optimiser_held_them(network: str):
+    names = [name for name, tensor in learner(network).named_parameters() if tensor.requires_grad]
+    for name, times in TIMES[network].items():
+        assert f"network.{name}" in names and times_listed(f"network.{name}") == times, name
+    assert {times_listed(name) for name in names if name.startswith("branch.")} == {2}
+    groups = build_optimizer(learner(network), OptimConfig(lr=0.1, repeated_updates=True)).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [len(group["params"]) for group in groups] == [
+        sum(times_listed(name) == times for name in names) for times in (1, 2, 3, 4)
+    ]
+    assert all(group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 for group in groups)
+    (group,) = build_optimizer(learner(network), OptimConfig(lr=0.1)).param_groups
+    assert group["lr"] == 0.1 and len(group["params"]) == len(names)
 
 
-@pytest.mark.parametrize("counts", [(0, 0, 0, 0, 5), (0, 0, 0, 0, 0)])
-def test_class_weights_stay_positive_where_most_classes_never_occurred(counts):
-    weights = ClassWeights(5, label_batches=1, pseudo_batches=0)
-    weights.count_labels(labels(*counts))
-    assert torch.equal(weights.weights(), torch.ones(5))
-
-
-def test_class_weights_go_on_from_their_state():
-    first, second = (ClassWeights(3, label_batches=3, pseudo_batches=2) for _ in range(2))
-    batches = [labels(1, 2, 3), labels(5, 1, 1), labels(2, 2, 9), labels(1, 1, 1), labels(4, 0, 1)]
-    for batch in batches:
-        first.count_labels(batch)
-        first.count_pseudo(batch)
-    for batch in batches[:3]:
-        second.count_labels(batch)
-        second.count_pseudo(batch)
-    third = ClassWeights(3, label_batches=3, pseudo_batches=2)
-    third.load_state_dict(second.state_dict())
-    for batch in batches[3:]:
-        third.count_labels(batch)
-        third.count_pseudo(batch)
-    assert torch.equal(third.weights(), first.weights()) and not torch.equal(first.weights(), torch.ones(3))
+def test_a_tensor_held_three_times_moves_like_one_at_three_times_the_learning_rate():
+    """What `repeated_updates` stands for: once the momentum has settled, steps of a constant gradient are as long."""
+    held, once = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    single = SGD([once], lr=0.03, momentum=0.9)
+    momentum = torch.zeros(1)
+    before = 0.0
+    for _ in range(300):
+        before = (held.item(), once.item())
+        for _ in range(3):
+            momentum = 0.9 * momentum + 1
+            held.data -= 0.01 * momentum
+        once.grad = torch.ones(1)
+        single.step()
+    assert held.item() - before[0] == pytest.approx(once.item() - before[1], rel=1e-3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from train.data.batches import Batches
 from train.data.datasets import open_dataset
 from train.data.gta5 import open_gta5
 from train.data.scenes.layouts import make_scenes
-from train.data.splits import split_labelled_by_sequence
 
 SIZE = (32, 48)
 KINDS = ("cityscapes", "voc", "gta5", "camvid")
@@ -274,7 +272,7 @@ def test_gta5_splits(roots: dict[str, Path]):
     assert open_dataset("gta5", "train", root).ids == ["00002"]
 
 
-def test_gta5_lists_all_unreadable_pairs_or_skips_them(roots: dict[str, Path]):
+def test_gta5_lists_all_unreadable_pairs(roots: dict[str, Path]):
     root = roots["gta5"]
     for name in ("00002", "00003"):
         shutil.copy(root / "images" / "00001.png", root / "images" / f"{name}.png")
@@ -283,13 +281,10 @@ def test_gta5_lists_all_unreadable_pairs_or_skips_them(roots: dict[str, Path]):
     path.write_bytes(path.read_bytes()[:-3])
     message = error_of(lambda: open_gta5(root))
     assert "2 of 3" in message and "00001 (image not a picture)" in message and "00003 (label truncated)" in message
-    skipping = open_gta5(root, skip_unreadable=True)
-    assert skipping.ids == ["00002"] and pixel_counts(skipping).sum() > 0
     (root / "images" / "00002.png").unlink()
     assert "00002 (image missing)" in error_of(lambda: open_gta5(root))
     Image.new("RGB", (10, 10)).save(root / "images" / "00002.png")
     assert "00002 (image and label of different size)" in error_of(lambda: open_gta5(root))
-    assert "no images" in error_of(lambda: open_gta5(root, skip_unreadable=True))
 
 
 # --- CamVid -----------------------------------------------------------------------------------------------------------
@@ -300,15 +295,3 @@ def test_camvid_values_become_classes(originals: dict[str, Path]):
     assert dataset.classes[:4] == ("sky", "building", "pole", "road") and dataset.classes[10] == "bicyclist"
     label = dataset[2][1]
     assert (label[0] == 255).all() and (label[1] == 10).all() and (label[2:] == 2).all()
-
-
-def test_sequences_are_labelled_evenly():
-    ids = [f"a_{i:03d}" for i in range(60)] + [f"b_{i:03d}" for i in range(30)] + [f"c_{i:03d}" for i in range(10)]
-    for count, expected in ((10, {"a": 6, "b": 3, "c": 1}), (50, {"a": 30, "b": 15, "c": 5})):
-        labelled, unlabelled = split_labelled_by_sequence(ids, count, seed=1)
-        assert Counter(ids[index][0] for index in labelled) == expected
-        assert sorted(labelled + unlabelled) == list(range(100)) and labelled == sorted(labelled)
-        assert labelled == split_labelled_by_sequence(ids, count / 100, seed=1)[0]
-        assert labelled != split_labelled_by_sequence(ids, count, seed=2)[0]
-    assert set(split_labelled_by_sequence(ids, 10, 1)[0]) < set(labelled)
-    assert "101 labelled" in error_of(lambda: split_labelled_by_sequence(ids, 101, 1))

@@ -10,7 +10,7 @@ import pytest
 from train_helpers import error_of
 
 from train.data.released_splits import read_released_split
-from train.data.splits import read_split, split_by_order, split_labelled
+from train.data.splits import split_by_order
 
 
 def pickled(array: np.ndarray, numpy_module: str = "numpy.core.multiarray") -> bytes:
@@ -77,18 +77,3 @@ def test_pickles_of_something_else(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     assert str(path) in error_of(lambda: read_released_split(path, 5))
     assert "missing.pkl" in error_of(lambda: read_released_split(tmp_path / "missing.pkl", 5))
-
-
-def test_split_as_a_list_of_ids(tmp_path: Path):
-    ids, path = [f"town_{i:03d}" for i in range(40)], tmp_path / "labelled.txt"
-    labelled, unlabelled = split_labelled(40, 10, seed=3)
-    path.write_text("\n".join(ids[index] for index in reversed(labelled)))
-    order = read_split(path, ids)
-    assert order == labelled[::-1]
-    assert split_by_order(order, 40, len(order)) == (labelled, unlabelled)
-    for count in (0, 11):
-        assert "expected 1 to 10" in error_of(lambda count=count: split_by_order(order, 40, count))
-    assert "'town_" in error_of(lambda: read_split(path, ids[:20]))
-    path.write_text(f"{ids[1]}\n{ids[1]}\n")
-    assert "twice" in error_of(lambda: read_split(path, ids))
-    assert "missing" in error_of(lambda: read_split(tmp_path / "missing.txt", ids))

@@ -28,6 +28,7 @@ from train.paper.pages import (
     LINE,
     MARGIN,
     Row,
+    colour,
     compose,
     draw_memory_plane,
     fitted,
@@ -236,3 +237,9 @@ def test_memory_is_drawn_in_the_colours_of_the_classes(scenes: Path, tmp_path: P
     alike, heavier = areas([1, 1, 1]), areas([1, 1, 40])
     assert min(alike[:3]) > 20 and alike[3] == heavier[3] == 0
     assert heavier[2] > 10 * alike[2] and heavier[:2] == alike[:2]
+
+
+def test_colours():
+    palette = ((1, 2, 3), (4, 5, 6))
+    picture = colour(torch.tensor([[0, 1], [255, 0]]), palette, (7, 8, 9))
+    assert picture.tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]]]

@@ -103,7 +103,7 @@ def test_row_trains_resumes_and_is_compared(
     best = lines[name, BEST, "mean"]
     students = records[-1]["miou/student"], records[-1]["miou/renewed"]
     assert float(best["mean"]) == pytest.approx(100 * max(students), abs=0.006)
-    assert float(best["printed"]) == rows()[name].target.miou and best["spread"] == "" and best["splits"] == "1"
+    assert float(best["printed"]) == rows()[name].miou and best["spread"] == "" and best["splits"] == "1"
     other = next(row.name for row in rows_of_table(table) if row.name != name)
     assert lines[other, BEST, "mean"]["mean"] == ""
 
@@ -228,7 +228,7 @@ def constant(miou: float, classes: list[str]) -> Scores:
 
 def test_comparison_by_hand(tmp_path: Path):
     row, unrun = rows_of_table(1)[:2]  # printed 58.0 and 59.4; road 95.9, bicycle 63.0
-    classes = list(row.target.iou)
+    classes = list(row.iou)
     results = {
         split: {BEST: constant(best, classes), "student": constant(0.5, classes), "teacher": constant(0.6, classes)}
         for split, best in ((0, 0.57), (2, 0.60))

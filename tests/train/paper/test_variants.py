@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from functools import cache
 from typing import Any
 
 import pytest
-import torch
-from torch.optim import SGD
 
-from pixcontrast import ContrastBranch
 from train.augment import build_augmentation
-from train.config import FitConfig, OptimConfig
-from train.models import Learner, build_branch
-from train.networks import build_network
-from train.networks.base import MEANS
+from train.config import FitConfig
+from train.models import build_branch
 from train.paper.rows import Row, rows
 from train.paper.variants import Variant, variant_config, with_all_labels
-from train.schedules import build_optimizer, times_listed
 
 VARIANTS: tuple[Variant, ...] = ("paper", "released", "published")
 KINDS = ("cityscapes/dv2", "cityscapes/dv3plus", "voc/dv2", "voc/dv3plus", "gta5/dv2")
@@ -122,7 +115,7 @@ def test_rows_an_image_may_add_to_the_memory(variant: Variant):
     for row in rows().values():
         experiment, _, ratio = row.name.split("/")
         method = replace(variant_config(row, variant).method, contrast_dim=8)
-        branch = build_branch(method, 8, len(row.target.iou), 255, row.target.labelled)
+        branch = build_branch(method, 8, len(row.iou), 255, row.labelled)
         assert branch.quota == more_than_one.get(f"{experiment}/{ratio}", 1), row.name
 
 
@@ -149,58 +142,3 @@ def test_reference_with_all_labels(name: str, batch: int, steps: int):
     assert config.data.labelled == 1.0 and isinstance(config.data.labelled, float)
     assert (config.data.labelled_batch, config.optim.steps, config.optim.lr) == (batch, steps, 2e-4)
     assert config.method.method == "supervised" and not config.method.class_weights
-
-
-# ---- the optimiser of the published results
-
-TIMES = {
-    "deeplab_v2": {
-        "backbone.conv1.weight": 1, "backbone.layer1.0.conv1.weight": 3, "backbone.layer4.2.conv3.weight": 3,
-        "backbone.layer1.0.downsample.0.weight": 4, "classifier.convs.0.weight": 3, "classifier.convs.1.bias": 3,
-    },
-    "deeplab_v3plus": {
-        "backbone.conv1.weight": 1, "backbone.layer3.5.conv2.weight": 3, "backbone.layer2.0.downsample.0.weight": 4,
-        "aspp.convs.0.0.weight": 3, "aspp.convs.2.1.bias": 3, "aspp.convs.4.1.weight": 3, "aspp.project.0.weight": 2,
-        "aspp.project.1.weight": 2, "skip.0.weight": 2, "skip.1.bias": 2, "decoder.0.0.weight": 3,
-        "decoder.1.1.bias": 3, "classifier.weight": 2, "classifier.bias": 2,
-    },
-}  # fmt: skip
-
-
-@cache
-def learner(network: str) -> Learner:
-    with torch.device("meta"):
-        model = build_network(network, 19, MEANS["voc"])
-        return Learner(model, ContrastBranch(model.feature_channels, 19))
-
-
-@pytest.mark.parametrize("network", TIMES)
-def test_tensors_are_updated_as_often_as_the_authors_optimiser_held_them(network: str):
-    names = [name for name, tensor in learner(network).named_parameters() if tensor.requires_grad]
-    for name, times in TIMES[network].items():
-        assert f"network.{name}" in names and times_listed(f"network.{name}") == times, name
-    assert {times_listed(name) for name in names if name.startswith("branch.")} == {2}
-    groups = build_optimizer(learner(network), OptimConfig(lr=0.1, repeated_updates=True)).param_groups
-    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert [len(group["params"]) for group in groups] == [
-        sum(times_listed(name) == times for name in names) for times in (1, 2, 3, 4)
-    ]
-    assert all(group["momentum"] == 0.9 and group["weight_decay"] == 5e-4 for group in groups)
-    (group,) = build_optimizer(learner(network), OptimConfig(lr=0.1)).param_groups
-    assert group["lr"] == 0.1 and len(group["params"]) == len(names)
-
-
-def test_a_tensor_held_three_times_moves_like_one_at_three_times_the_learning_rate():
-    """What `repeated_updates` stands for: once the momentum has settled, steps of a constant gradient are as long."""
-    held, once = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    single = SGD([once], lr=0.03, momentum=0.9)
-    momentum = torch.zeros(1)
-    before = 0.0
-    for _ in range(300):
-        before = (held.item(), once.item())
-        for _ in range(3):
-            momentum = 0.9 * momentum + 1
-            held.data -= 0.01 * momentum
-        once.grad = torch.ones(1)
-        single.step()
-    assert held.item() - before[0] == pytest.approx(once.item() - before[1], rel=1e-3)

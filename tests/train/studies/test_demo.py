@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from train.config import FitConfig
 from train.config_file import differing_fields, to_plain
 from train.data.folder import open_folder
 from train.errors import UserError
-from train.paper.pages import colour
 from train.session import open_session
 from train.studies import demo
 from train.studies.cost import contrast_cost
@@ -89,12 +87,6 @@ def test_cost_is_measured(tiny: FitConfig):
     session.training.step = tiny.method.contrast_start + 1
     cost = contrast_cost(session, rounds=2)
     assert 0 < cost.contrast < cost.step and 0 < cost.teacher < cost.step
-
-
-def test_colours():
-    palette = ((1, 2, 3), (4, 5, 6))
-    picture = colour(torch.tensor([[0, 1], [255, 0]]), palette, (7, 8, 9))
-    assert picture.tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]]]
 
 
 def test_smoothing_looks_back_only():
