@@ -11,7 +11,7 @@ import torch
 from train.config import FitConfig
 from train.config_file import differing_fields, from_plain, to_plain
 from train.distributed import rank, wait
-from train.errors import UserError
+from train.errors import UserError, reason
 
 if TYPE_CHECKING:
     from train.session import Training
@@ -44,9 +44,8 @@ def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> Non
         try:
             _write(path, content)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            reason = str(error).split("\n")[0]
             raise UserError(
-                f"checkpoint {path} cannot be written ({reason}): free space or choose another --out"
+                f"checkpoint {path} cannot be written ({reason(error)}): free space or choose another --out"
             ) from error
     wait()
 
@@ -71,8 +70,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated and foreign files make torch raise many kinds
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise UserError(f"checkpoint {path} is truncated or not a checkpoint ({reason}). {KEEP}") from error
+        raise UserError(f"checkpoint {path} is truncated or not a checkpoint ({reason(error)}). {KEEP}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by this program. {KEEP}")
     if content.get("version") != VERSION:
@@ -105,8 +103,9 @@ def resume(path: Path, training: Training, data: dict[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}, or choose another --out") from error
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"checkpoint {path} does not fit this version of the program ({reason}). {KEEP}") from error
+        raise UserError(
+            f"checkpoint {path} does not fit this version of the program ({reason(error)}). {KEEP}"
+        ) from error
 
 
 def config_of(content: dict[str, Any], path: Path) -> FitConfig:

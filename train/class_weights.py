@@ -78,6 +78,6 @@ class ClassWeights:
         """Pixel count of each class [C] int64, over all ranks; labels outside 0..C-1 are not counted."""
         flat = labels.reshape(-1)
         inside = (flat >= 0) & (flat < self.num_classes)
-        slots = torch.where(inside, flat, self.num_classes)
+        bins = torch.where(inside, flat, self.num_classes)
         counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=flat.device)
-        return sum_over_ranks(counts.scatter_add_(0, slots, torch.ones_like(slots))[:-1])
+        return sum_over_ranks(counts.scatter_add_(0, bins, torch.ones_like(bins))[:-1])

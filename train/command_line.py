@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,28 +108,27 @@ def make_data(arguments: list[str]) -> str:
 
 def reproduce(arguments: list[str]) -> str:
     """Train the rows of a table on each split, and compare with the printed numbers."""
-    from train.paper.reproduce import ReproduceConfig
-    from train.paper.reproduce import reproduce as reproduce_table
+    from train.paper import reproduce as module
 
-    config, overrides = _parse(ReproduceConfig, "reproduce", arguments, return_unknown_args=True)
-    report = reproduce_table(config, overrides)
+    config, overrides = _parse(module.ReproduceConfig, "reproduce", arguments, return_unknown_args=True)
+    report = module.reproduce(config, overrides)
     return "" if config.print_commands else f"comparison: {report}"
 
 
 def figures(arguments: list[str]) -> str:
     """Draw pictures like those of the paper's supplement."""
-    from train.paper.figures import FiguresConfig
-    from train.paper.figures import figures as draw
+    from train.paper import figures as module
 
-    return "\n".join(f"picture: {file}" for file in draw(_parse(FiguresConfig, "figures", arguments)))
+    config = _parse(module.FiguresConfig, "figures", arguments)
+    return "\n".join(f"picture: {file}" for file in module.figures(config))
 
 
 def ablation(arguments: list[str]) -> str:
     """Train a short recipe with and without parts of the method, and tabulate."""
-    from train.studies.ablation import AblationConfig
-    from train.studies.ablation import ablation as run_ablation
+    from train.studies import ablation as module
 
-    return f"table: {run_ablation(*_parse(AblationConfig, 'ablation', arguments, return_unknown_args=True))}"
+    config, overrides = _parse(module.AblationConfig, "ablation", arguments, return_unknown_args=True)
+    return f"table: {module.ablation(config, overrides)}"
 
 
 COMMANDS: dict[str, Callable[[list[str]], str]] = {
@@ -166,13 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if several and name not in ON_SEVERAL_PROCESSES:
             raise UserError(f"torchrun is for {', '.join(ON_SEVERAL_PROCESSES)}: start {name} with python -m train")
-        if several:
-            from train.distributed import processes
-
-            with processes():
-                _run(name, rest)
-        else:
-            _run(name, rest)
+        with _processes() if several else nullcontext():
+            if text := COMMANDS[name](rest):
+                print(text)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -186,9 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(name: str, arguments: list[str]) -> None:
-    if text := COMMANDS[name](arguments):
-        print(text)
+def _processes() -> AbstractContextManager[None]:
+    from train.distributed import processes
+
+    return processes()
 
 
 def _parse(config: type, command: str, arguments: list[str], **options: Any) -> Any:

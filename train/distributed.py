@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixcontrast.distributed import world_size
-from train.errors import UserError
+from train.errors import UserError, reason
 
 
 def join() -> None:
@@ -73,8 +73,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).split("\n")[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): try --device auto or --device cpu") from error
+        raise UserError(f"device {name!r} cannot be used ({reason(error)}): try --device auto or cpu") from error
     return device
 
 

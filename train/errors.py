@@ -1,4 +1,4 @@
-"""The two exceptions that are no bugs of the program: a mistake in the input, and an interrupt."""
+"""The two exceptions that are not bugs of the program: a mistake in the input, and an interrupt."""
 
 
 class UserError(Exception):
@@ -11,3 +11,8 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """The training was interrupted and has written its checkpoint; the message says how to go on."""
+
+
+def reason(error: Exception) -> str:
+    """First line of the message of ``error``, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

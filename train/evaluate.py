@@ -14,7 +14,7 @@ from train.checkpoint import config_of, read_checkpoint
 from train.data.dataset import SegmentationDataset
 from train.data.datasets import open_dataset
 from train.distributed import rank, world_size
-from train.errors import UserError
+from train.errors import UserError, reason
 from train.models import Learner, build_learner
 from train.networks.base import resize
 from train.scores import Scores
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     """Scores of the networks in the checkpoint at ``path``.
 
     Args:
-        split: ``train`` or ``val``.
+        split: ``train``, ``val`` or, for camvid, ``test``.
         root: folder of the data; that of the training unless given.
         device: where to compute.
 
@@ -99,8 +99,7 @@ def load_learners(path: Path, device: torch.device | str = "cpu") -> tuple[dict[
         try:
             learner.load_state_dict(content["training"][key])
         except (RuntimeError, KeyError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"checkpoint {path} does not fit this version of the program ({reason})") from error
+            raise UserError(f"checkpoint {path} does not fit this version of the program ({reason(error)})") from error
         learners[name] = learner.to(device)
     return learners, content
 

@@ -22,7 +22,7 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     """Take one step: pseudo-labels, student forwards, losses, memory, contrast, optimiser, teacher.
 
     Args:
-        t: the training, changed in place; ``t.step`` goes up by one.
+        t: the training, changed in place; ``t.step`` is incremented.
         labelled: images and labels.
         unlabelled: images, whose labels are not read; None when the method is ``supervised``.
 

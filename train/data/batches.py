@@ -27,8 +27,8 @@ ORDER, CROP = 0, 1  # purpose of a random stream
 class Batches:
     """Endless batches; batch ``i`` depends only on ``(seed, stream, i)``, never on what was read before.
 
-    So resuming needs one number and no saved loader state (torchdata's ``StatefulDataLoader`` would save one for each
-    loader process, and could not resume with another number of them).
+    So a run resumes exactly from one number, with any number of loader processes. torchdata's ``StatefulDataLoader``
+    saves a state for each loader process instead, and resumes with as many of them only.
 
     Every epoch is a fresh permutation of ``indices``; an incomplete last batch is dropped. With fewer indices than
     ``batch_size``, each batch consists of several permutations. Every sample is a random crop; images smaller than the
@@ -36,8 +36,7 @@ class Batches:
     numpy and Python is neither read nor changed.
 
     Args:
-        dataset: where the items come from.
-        indices: which items to use.
+        dataset, indices: the data set, and which of its items to use.
         batch_size: images per batch.
         crop_size: side of the square crop, or ``(height, width)``, in pixels.
         seed: any integer.
@@ -147,8 +146,7 @@ def _leave_interrupts(worker: int) -> None:
 
 
 def _collate(samples: list[Any]) -> Batch | UserError:
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
+    if errors := [sample for sample in samples if isinstance(sample, UserError)]:
+        return errors[0]
     images, masks = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(masks)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from train.data.classes import IGNORE_INDEX, Palette
-from train.errors import UserError
+from train.errors import UserError, reason
 
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel; others would be clipped
 MASK_MODES = ("1", "L", "P")
@@ -109,8 +109,8 @@ def _decode(path: Path, what: str, modes: tuple[str, ...], expected: str) -> Ima
         with Image.open(path) as picture:
             picture.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {what} {path} ({reason}): truncated or not an image? replace the file") from None
+        advice = "truncated or not an image? replace the file"
+        raise UserError(f"cannot read {what} {path} ({reason(error)}): {advice}") from None
     if picture.mode not in modes:
         raise UserError(f"{what} {path} has pixel format '{picture.mode}': expected {expected}; convert it")
     return picture

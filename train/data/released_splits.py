@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.errors import UserError
+from train.errors import UserError, reason
 
 
 def read_released_split(path: Path, n: int) -> list[int]:
@@ -36,9 +36,8 @@ def read_released_split(path: Path, n: int) -> list[int]:
         order = _ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
         values = order.values()
     except Exception as error:  # a hostile or damaged pickle can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot read split {path} ({reason}): expected a pickled one-dimensional int64 array"
+            f"cannot read split {path} ({reason(error)}): expected a pickled one-dimensional int64 array"
         ) from None
     if sorted(values) != list(range(n)):
         raise UserError(

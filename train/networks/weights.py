@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.errors import UserError
+from train.errors import UserError, reason
 from train.networks.base import DeepLab
 
 BACKBONE = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
@@ -58,7 +58,7 @@ def load_weights(network: DeepLab, source: str | Path) -> LoadReport:
     """Copy weights into ``network`` where name and size agree.
 
     Args:
-        network: changed in place. Its backbone must be given as a whole, its head need not.
+        network: changed in place. All tensors of its backbone must be given; those of its head may be missing.
         source: ``imagenet``, which torchvision downloads once; or the path of a file: torchvision's ResNet, the COCO
             weights for DeepLabV2, a checkpoint of the paper's released code, or the ``state_dict`` of such a network.
 
@@ -105,7 +105,7 @@ def download_imagenet(network: DeepLab) -> dict[str, Tensor]:
         return weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, no space, a damaged file: torch's hub raises many kinds
         raise UserError(
-            f"ImageNet weights {weights.url} cannot be downloaded ({_reason(error)}): "
+            f"ImageNet weights {weights.url} cannot be downloaded ({reason(error)}): "
             f"fetch that file where there is a network, and give its path: --weights PATH"
         ) from error
 
@@ -122,7 +122,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated and foreign files make torch raise many kinds
         raise UserError(
-            f"weights {path} are truncated or not a file of PyTorch tensors ({_reason(error)}): fetch them again"
+            f"weights {path} are truncated or not a file of PyTorch tensors ({reason(error)}): fetch them again"
         ) from error
     if isinstance(content, dict):
         content = content.get("model", content)  # a checkpoint holds more than the weights
@@ -150,7 +150,3 @@ def _is_counter(name: str) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -67,7 +67,7 @@ def write_comparison(path: Path, title: str, results: Results) -> None:
     notes = [f"- `{row.name}`: {row.note}." for row in results if row.note]
     parts = [f"# {title}", EXPLANATION, _summary(results)]
     if notes:
-        parts += ["What is doubtful about the printed numbers:", "\n".join(notes)]
+        parts += ["Doubts about the printed numbers:", "\n".join(notes)]
     for row, splits in results.items():
         if splits:
             parts += [f"## {row.name}", _classes(row, splits)]

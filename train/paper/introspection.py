@@ -32,18 +32,18 @@ def attention_map(learner: Learner, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_weights(branch: ContrastBranch, features: Tensor, labels: Tensor) -> Tensor:
-    """Factor of each pixel in the contrast of its class, were these images a batch: on average 1 in every class.
+    """Weight of each pixel in the contrast of its class if these images were a batch; its mean in every class is 1.
 
-    The factor is the sigmoid of the logit that the class's feature selector gives to the pixel's predicted row, over
+    The weight is the sigmoid of the logit that the class's feature selector gives to the pixel's predicted row, over
     the mean of these sigmoids over all pixels of the class.
 
     Args:
         branch: in evaluation mode; its selectors and heads are used.
         features: ``[B, in_channels, h, w]``.
-        labels: ``[B, h, w]`` int64; a label outside ``[0, C)`` is that of no class.
+        labels: ``[B, h, w]`` int64; labels outside ``[0, C)`` belong to no class.
 
     Returns:
-        ``[B, h, w]`` float64, NaN where the label is that of no class.
+        ``[B, h, w]`` float64, NaN where the label belongs to no class.
     """
     flat = labels.reshape(-1)
     valid = (flat >= 0) & (flat < branch.num_classes)

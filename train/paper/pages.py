@@ -50,7 +50,7 @@ def fitted(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
     Args:
         picture: an image uint8 [3, H, W], which is smoothed; or a map [H, W] of any dtype, of which each pixel of the
-            result has the nearest value, so that no class appears that was not there.
+            result has the nearest value, so that no new class appears.
         size: of the labels, which all pictures of a row share.
     """
     scale = min(limit / side for limit, side in zip(CELL, size, strict=True))
@@ -73,7 +73,7 @@ def pages(rows: list[Row]) -> list[list[Row]]:
 
 
 def compose(rows: list[Row]) -> tuple[np.ndarray, list[int], list[int]]:
-    """Pictures of ``rows`` on white, pixel by pixel as they are, each in the middle of its cell.
+    """Pictures of ``rows`` on white, unscaled, each in the middle of its cell.
 
     Returns:
         the grid [H, W, 3] uint8; the middle of each column, from the left; the middle of each row, from the top.
@@ -118,8 +118,8 @@ def draw_page(
         figure.text((MARGIN + middle) / width, (top + GAP) / height, title, ha="center", va="bottom", fontsize=13)
     for middle, row in zip(row_middles, rows, strict=True):
         name = row.name if len(row.name) <= 26 else f"…{row.name[-25:]}"
-        place = MARGIN / 2 / width, (top - middle) / height
-        figure.text(*place, name, rotation=90, ha="center", va="center", fontsize=7, color="0.35")
+        position = MARGIN / 2 / width, (top - middle) / height
+        figure.text(*position, name, rotation=90, ha="center", va="center", fontsize=7, color="0.35")
     handles = [Patch(facecolor=_shares(rgb), edgecolor="black", label=name) for name, rgb in entries]
     middle_of_legend = 0.5, legend / 2 / height
     figure.legend(handles=handles, loc="center", bbox_to_anchor=middle_of_legend, ncols=per_line, frameon=False)

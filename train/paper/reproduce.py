@@ -38,13 +38,13 @@ class ReproduceConfig:
     all_labels: bool = False
     """Supervised by all labels instead."""
     out: Path = Path("runs")
-    """Folder of the runs and of the comparison. What is finished there is not trained again."""
+    """Folder of the runs and of the comparison. Finished runs in it are not trained again."""
     print_commands: bool = False
     """Print one command for each unfinished run, for a job array, and train nothing."""
 
 
 def reproduce(config: ReproduceConfig, overrides: list[str]) -> Path:
-    """Train what is not finished, or print how to; write the comparison after each run.
+    """Train the unfinished runs, or print their commands; write the comparison after each run.
 
     Args:
         config: what to run.

@@ -138,13 +138,9 @@ def rows_of_table(table: int) -> list[Row]:
 
 def rows_list() -> str:
     """All rows, one a line: name, table, labelled images, network, batch, crop, learning rate, printed mean IoU."""
-    return "\n".join(_line(row) for row in rows().values())
-
-
-def _line(row: Row) -> str:
-    sizes = row.sizes
-    return (
+    return "\n".join(
         f"{row.name:<32} table {row.table}  {row.labelled:>4} labelled  {row.network:<15}  "
-        f"batch {sizes.labelled_batch:>2} + {sizes.unlabelled_batch:>2}  crop {sizes.crop} of {sizes.scale:g} size  "
-        f"lr {sizes.lr:g}  mIoU {row.miou}"
+        f"batch {row.sizes.labelled_batch:>2} + {row.sizes.unlabelled_batch:>2}  "
+        f"crop {row.sizes.crop} of {row.sizes.scale:g} size  lr {row.sizes.lr:g}  mIoU {row.miou}"
+        for row in rows().values()
     )

@@ -1,10 +1,10 @@
 """The configuration of a row of the paper in each of three variants, which differ in fields only.
 
-- ``paper``: as the paper describes the method. Some constants of its main text are known from hints alone.
+- ``paper``: as the paper describes the method. Some constants are inferred from its text.
 - ``released``: as the authors' last code does it (October 2021). Not repeated are the colour jitter of their library
   (see `train.augment`), and a teacher whose BatchNorm statistics start at 0 and 1 and so differ when it is evaluated.
 - ``published``: as the code was when the tables were made, as far as its history tells: ``released`` with two bugs
-  that were mended afterwards, two thirds of the steps, and no way back to the best student.
+  that were fixed later, two thirds of the steps, and no restart from the best student.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
     """Constants of a row in a variant; folders, weights and the split are still to be set."""
     sizes, voc, theirs = row.sizes, row.dataset == "voc", variant != "paper"
     views = 2 * sizes.unlabelled_batch
-    # The mask of the entropy multiplied maps of another shape, which made the entropy as many times as large as there
-    # are views. It was mended for the tables' main script only, and after the tables were made.
+    # The mask of the entropy was broadcast over maps of another shape, which multiplied the entropy by the number of
+    # views. It was fixed in the main script only, and after the tables were made.
     entropy_per_view = variant == "published" or (theirs and row.adapts)
     lr = sizes.lr
     if row.network == "deeplab_v3plus" and not theirs:
@@ -104,7 +104,7 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
         ModelConfig(network=row.network, branches=2),
         MethodConfig(
             ramp=2000,
-            ramp_shape="smooth" if theirs else "step",  # their pseudo-labels count a little from the first step on
+            ramp_shape="smooth" if theirs else "step",  # their pseudo-labels have a small weight from step 0 on
             memory_start=1000,
             contrast_start=2000,
             supervised_weight=1.0,
@@ -117,8 +117,8 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
             memory_rows=256,
             contrast_dim=256,
             confidence=0.95,
-            # Theirs weighs all memory rows alike, remembers the lowest-scored rows, and scores rows and weighs pixels
-            # by networks that were trained on other inputs.
+            # Theirs gives all memory rows one weight, stores the lowest-scored rows, and applies the selectors to
+            # other inputs than those they were trained on.
             variant="released" if theirs else "paper",
             voc_quota=theirs and voc,  # the paper has the same quota for all data sets
             mix_background=0 if voc else None,
@@ -127,7 +127,7 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
             labelled_jitter=0.125 if theirs else 0.15,
             unlabelled_jitter=0.25 if theirs else 0.3,
             blur="horizontal" if theirs else "random",  # a range of sigmas was passed as those of the two axes
-            # Their condition came to be the opposite of its comment; the first version did what the comment says.
+            # Their last version does the opposite of its comment; the first version did what the comment says.
             source_steps="last" if variant == "released" else "alternate",
             last_steps=100,
         ),
@@ -141,7 +141,7 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
             ema_warmup=1.0 if theirs and row.adapts else 10.0,  # the script for Table 3 kept an older rule
             # Their optimiser held most tensors several times until October 2021.
             repeated_updates=variant == "published",
-            # Both came after the tables and, by the author's own word, untested.
+            # Both were added after the tables and, as the author says, untested.
             restart_after=0.2 if variant == "released" else 0.0,
             renewal=1000 if variant == "released" else 0,
             seed=row.seed,

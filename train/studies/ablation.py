@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -53,7 +54,7 @@ class AblationConfig:
     split: Literal["val", "test"] = "val"
     """Images that the table is about. For settings that were chosen on val, take test, if the data set has one."""
     out: Path = Path("runs/ablation")
-    """Folder of the runs and the table. What is finished there is not trained again."""
+    """Folder of the runs and the table. Finished runs in it are not trained again."""
 
 
 Run = tuple[Part, int | float, int]
@@ -64,7 +65,7 @@ Results = dict[Run, dict[str, Scores]]
 
 
 def ablation(config: AblationConfig, overrides: list[str]) -> Path:
-    """Train what is not finished; write the table after each run.
+    """Train the unfinished runs; write the table after each run.
 
     Args:
         config: what to run.
@@ -90,7 +91,7 @@ def ablation(config: AblationConfig, overrides: list[str]) -> Path:
 
 
 def planned(config: AblationConfig, overrides: list[str]) -> dict[Run, FitConfig]:
-    """All runs, seeds in turn, so that an unfinished ablation has whole seeds."""
+    """All runs, seed by seed, so that an unfinished ablation has complete seeds."""
     plan: dict[Run, FitConfig] = {}
     for seed in config.seeds:
         for labelled in config.labelled:
@@ -138,7 +139,7 @@ def _tables(config: AblationConfig, results: Results) -> list[str]:
 def _table(config: AblationConfig, results: Results, network: str) -> str:
     table = [["", *(f"{_share(labelled)} labelled" for labelled in config.labelled)]]
     for part in config.parts:
-        cells = [_mean_spread(_miou(results, part, labelled, network)) for labelled in config.labelled]
+        cells = [_mean_spread(_miou(results, part, labelled, network).values()) for labelled in config.labelled]
         table.append([TITLES[part], *cells])
     return markdown_table(table)
 
@@ -151,8 +152,7 @@ def _gains(config: AblationConfig, results: Results) -> str:
             cells = []
             for labelled in config.labelled:
                 ours, theirs = (_miou(results, name, labelled, "student") for name in (part, base))
-                gains = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-                cells.append(_mean_spread(dict(enumerate(gains)), sign="+"))
+                cells.append(_mean_spread([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()], "+"))
             table.append([f"{TITLES[part]}, over {TITLES[base]}", *cells])
     return markdown_table(table)
 
@@ -162,7 +162,7 @@ def _classes(config: AblationConfig, results: Results, labelled: int | float) ->
     names = next((scores.iou.keys() for column in columns.values() for scores in column.values()), ())
     table = [["IoU, %", *(TITLES[part] for part in config.parts)]]
     for name in names:
-        cells = [_mean_spread({seed: 100 * s.iou[name] for seed, s in column.items()}) for column in columns.values()]
+        cells = [_mean_spread(100 * scores.iou[name] for scores in column.values()) for column in columns.values()]
         table.append([name, *cells])
     return markdown_table(table)
 
@@ -181,12 +181,12 @@ def _of_part(results: Results, part: Part, labelled: int | float, network: str) 
     }
 
 
-def _mean_spread(values: dict[int, float], sign: str = "") -> str:
-    values = {seed: value for seed, value in values.items() if not math.isnan(value)}  # a class that does not occur
+def _mean_spread(values: Iterable[float], sign: str = "") -> str:
+    values = [value for value in values if not math.isnan(value)]  # a class that does not occur is NaN
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values.values()):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values.values()):{sign}.1f}{spread}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.1f}{spread}"
 
 
 def _share(labelled: int | float) -> str:

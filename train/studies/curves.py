@@ -44,7 +44,7 @@ def draw_memory(path: Path, records: list[Record], classes: tuple[str, ...]) -> 
 
 
 def smooth(values: list[float], window: int = 9) -> list[float]:
-    """Mean over the last ``window`` values at each place (fewer at the beginning)."""
+    """Mean over the last ``window`` values at each position (fewer at the beginning)."""
     return [float(np.mean(values[max(0, end - window) : end])) for end in range(1, len(values) + 1)]
 
 

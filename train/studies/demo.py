@@ -19,7 +19,7 @@ class DemoConfig:
     """Train on a few labelled tiles with labels only, with pseudo-labels, and with the contrast; write a report."""
 
     out: Path = Path("runs/demo")
-    """Folder of the report and the runs. Started again, it goes on where it was interrupted."""
+    """Folder of the report and the runs. An interrupted demo is continued."""
     steps: int = 300
     """Steps of each run."""
     labelled: int | float = 0.05
@@ -64,7 +64,7 @@ def demo_configs(demo: DemoConfig) -> dict[str, FitConfig]:
 
 
 def run_demo(demo: DemoConfig) -> Path:
-    """Train what is not trained yet, and write the report.
+    """Train the unfinished runs, and write the report.
 
     Returns:
         the path of the report.

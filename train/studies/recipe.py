@@ -35,7 +35,7 @@ def short_recipe(steps: int, seed: int, device: str = "auto", pretrained: bool =
             encoder_statistics="imagenet",
             train_encoder_norm=True,
         ),
-        # The warm-ups last a larger share of so short a training than in the paper, and the teacher is less sure.
+        # Warm-ups take a larger share of a short training than in the paper, and the teacher is less confident.
         MethodConfig(
             ramp=steps // 3,
             memory_start=steps // 6,

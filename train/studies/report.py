@@ -51,37 +51,33 @@ def write_report(out: Path, runs: dict[str, RunResult], learners: dict[str, Lear
     draw_memory(out / "memory.png", runs["contrast"].records, validation.classes)
     columns = ["image", runs["contrast"].title, runs["supervised"].title, "labels"]
     shown = [(learners[name], validation) for name in ("contrast", "supervised")]
-    rows = [prediction_row(shown, index, device) for index in telling_tiles(validation)]
+    rows = [prediction_row(shown, index, device) for index in varied_tiles(validation)]
     draw_page(out / "predictions.png", columns, rows, validation)
     config = session.training.config
+    parts = [
+        "# Class-memory contrast on land cover",
+        _setting(session),
+        "## Intersection over union",
+        scores_table({title: run.scores["student"] for title, run in titles.items()}),
+        _teacher_line(titles),
+        _caution(runs, config.optim.seed),
+        "## Predictions on validation tiles",
+        "![image, contrast, supervised, labels](predictions.png)",
+        "These tiles have the most varied labels; they were not chosen by the predictions.",
+        "## Curves",
+        "![loss and mean IoU](curves.png)",
+        "## Memory",
+        "![fill of the memory](memory.png)",
+        _memory_line(config, validation.classes, runs["contrast"].records),
+        "## Time",
+        _times(records, contrast_cost(session)),
+    ]
     report = out / "report.md"
-    report.write_text(
-        "\n\n".join(
-            [
-                "# Class-memory contrast on land cover",
-                _setting(session),
-                "## Intersection over union",
-                scores_table({title: run.scores["student"] for title, run in titles.items()}),
-                _teacher_line(titles),
-                _caution(runs, config.optim.seed),
-                "## Predictions on validation tiles",
-                "![image, contrast, supervised, labels](predictions.png)",
-                "The tiles with the most varied labels, chosen without a look at the predictions.",
-                "## Curves",
-                "![loss and mean IoU](curves.png)",
-                "## Memory",
-                "![fill of the memory](memory.png)",
-                _memory_line(config, validation.classes, runs["contrast"].records),
-                "## Time",
-                _times(records, contrast_cost(session)),
-            ]
-        )
-        + "\n"
-    )
+    report.write_text("\n\n".join(parts) + "\n")
     return report
 
 
-def telling_tiles(validation: SegmentationDataset, count: int = 6) -> list[int]:
+def varied_tiles(validation: SegmentationDataset, count: int = 6) -> list[int]:
     """Indices of the images whose labels have the highest entropy of classes."""
 
     def entropy(index: int) -> float:

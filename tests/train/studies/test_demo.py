@@ -19,7 +19,7 @@ from train.studies import demo
 from train.studies.cost import contrast_cost
 from train.studies.curves import smooth
 from train.studies.demo import DemoConfig, demo_configs, run_demo
-from train.studies.report import telling_tiles
+from train.studies.report import varied_tiles
 
 
 @pytest.fixture
@@ -100,6 +100,6 @@ def test_shown_tiles_are_those_with_the_most_varied_labels(folder: Path):
         shares = np.bincount(data[index][1].flatten().numpy(), minlength=256)[:3] / data[index][1].numel()
         return -sum(share * np.log(share) for share in shares if share > 0)
 
-    chosen = telling_tiles(data, 4)
+    chosen = varied_tiles(data, 4)
     rest = [entropy(index) for index in range(len(data)) if index not in chosen]
     assert len(set(chosen)) == 4 and min(entropy(index) for index in chosen) >= max(rest)
