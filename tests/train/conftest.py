@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,17 @@ from PIL import Image
 from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 
 CLASSES = ("sky 90 160 220", "grass 60 160 60", "brick 180 70 50")
+
+
+@pytest.fixture(scope="session")
+def processes() -> BaseContext:
+    """Starts processes that have the training program imported: one server imports it and forks all of them.
+
+    The server itself never computes, so that a fork is safe.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
+    return context
 
 
 @pytest.fixture(autouse=True)

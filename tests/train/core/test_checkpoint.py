@@ -5,51 +5,43 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_helpers import ROOT, assert_same_state, in_folder
+from train_helpers import assert_same_state, in_folder
 
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import from_plain, to_plain
-from train.errors import UserError
+from train.errors import Interrupted, UserError
+from train.logs import read_metrics
 from train.loop import fit
 from train.session import open_session
 from train.step import training_step
 
-SCRIPT = """
-import json, sys, torch
-from train.errors import Interrupted
-from train.loop import fit
-from train.config_file import from_plain
-torch.set_num_threads(1)
-try:
-    fit(from_plain(json.loads(sys.argv[1])))
-except Interrupted as stop:
-    print(stop)
-    sys.exit(130)
-"""
+
+def train_in_process(config: FitConfig) -> None:
+    """Train; after an interrupt, leave its message beside the run and exit with status 130."""
+    torch.set_num_threads(1)
+    try:
+        fit(config)
+    except Interrupted as stop:
+        config.run.out.with_suffix(".txt").write_text(str(stop))
+        sys.exit(130)
 
 
-def start(config: FitConfig) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(to_plain(config))]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(config: FitConfig, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(config: FitConfig, step: int, process: BaseProcess) -> None:
     """Until the run has logged ``step``."""
-    metrics = config.run.out / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+    while all(record["step"] < step for record in read_metrics(config.run.out)):
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -61,27 +53,27 @@ def long(tiny: FitConfig) -> FitConfig:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
-    long: FitConfig, tmp_path: Path, sent: signal.Signals
+    long: FitConfig, tmp_path: Path, sent: signal.Signals, processes: BaseContext
 ):
     whole, broken = in_folder(long, tmp_path / "whole"), in_folder(long, tmp_path / "broken")
+    process = processes.Process(target=train_in_process, args=(broken,))
+    process.start()
     fit(whole)
-
-    process = start(broken)
     wait_for_step(broken, 8, process)
-    process.send_signal(sent)
-    output, errors = process.communicate(timeout=60)
+    assert process.pid is not None
+    os.kill(process.pid, sent)
+    process.join(60)
     steps = read_checkpoint(broken.run.out / "last.pt")["training"]["step"]
     if sent == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL and 6 <= steps < 14
+        assert process.exitcode == -signal.SIGKILL and 6 <= steps < 14
     else:
-        assert process.returncode == 130, errors
-        assert f"interrupted after step {steps} of 14" in output and "run the same command again" in output
+        assert process.exitcode == 130
+        message = (tmp_path / "broken.txt").read_text()
+        assert f"interrupted after step {steps} of 14" in message and "run the same command again" in message
 
     fit(broken)
     assert_same_state(whole.run.out / "last.pt", broken.run.out / "last.pt")
-    lines = [
-        [json.loads(line) for line in (c.run.out / "metrics.jsonl").read_text().splitlines()] for c in (whole, broken)
-    ]
+    lines = [read_metrics(config.run.out) for config in (whole, broken)]
     for records in lines:
         for record in records:
             del record["time/step_seconds"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(shared: FitConfig, work: Path) -> list[Results]:
+def ranks(shared: FitConfig, work: Path, processes: BaseContext) -> list[Results]:
     """Results of :func:`_rank` on each rank."""
-    torch.multiprocessing.start_processes(_rank, (str(work), shared), nprocs=WORLD, start_method="spawn")
+    started = [processes.Process(target=_rank, args=(number, str(work), shared)) for number in range(WORLD)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0] * WORLD
     return [torch.load(work / f"{number}.pt", weights_only=True) for number in range(WORLD)]
 
 
