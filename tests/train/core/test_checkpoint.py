@@ -58,7 +58,6 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     whole, broken = in_folder(long, tmp_path / "whole"), in_folder(long, tmp_path / "broken")
     process = processes.Process(target=train_in_process, args=(broken,))
     process.start()
-    fit(whole)
     wait_for_step(broken, 8, process)
     assert process.pid is not None
     os.kill(process.pid, sent)
@@ -72,6 +71,7 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
         assert f"interrupted after step {steps} of 14" in message and "run the same command again" in message
 
     fit(broken)
+    fit(whole)
     assert_same_state(whole.run.out / "last.pt", broken.run.out / "last.pt")
     lines = [read_metrics(config.run.out) for config in (whole, broken)]
     for records in lines:
