@@ -2,7 +2,7 @@
 
 Order: ClassMix, random scale and crop, horizontal flip, colour jitter, Gaussian blur. Whether a step happens, the
 scale, the crop and the blur are drawn once per batch; colour factors once per image. Everything is drawn from the
-global torch generator of the CPU, so restoring its state repeats the augmentation, and nothing is read back from a GPU.
+global torch generator of the CPU, so restoring its state repeats the augmentation, without synchronising with a GPU.
 
 The authors' code calls kornia 0.4.1; torchvision differs from it as follows:
 
@@ -16,13 +16,15 @@ The authors' code calls kornia 0.4.1; torchvision differs from it as follows:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from train.config import MethodConfig
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, confidence
 
@@ -38,7 +40,7 @@ class AugmentConfig:
         jitter: probability of colour jitter of strength ``jitter_strength`` for brightness and contrast, half of it
             for saturation, a third of it (in turns) for hue.
         blur: probability of a Gaussian blur with sigma uniform in ``blur_sigma`` pixels, kernel ``blur_kernel`` pixels
-            wide (smaller for images that do not hold it).
+            wide (smaller for smaller images).
         blur_horizontally: blur by the larger sigma across and the smaller one down instead.
     """
 
@@ -59,6 +61,18 @@ WEAK = AugmentConfig(classmix=0.2, scale=0.5, jitter=0.2, jitter_strength=0.125)
 
 STRONG = AugmentConfig(classmix=0.75, scale=0.8, jitter=0.8, jitter_strength=0.25, blur=0.2)
 """Augmentation of unlabelled images in the authors' code."""
+
+
+def build_augmentation(method: MethodConfig) -> tuple[AugmentConfig, AugmentConfig]:
+    """Augmentation of the labelled and of the unlabelled images."""
+    weak = replace(WEAK, classmix=method.labelled_classmix, jitter_strength=method.labelled_jitter)
+    strong = replace(
+        STRONG,
+        classmix=method.unlabelled_classmix,
+        jitter_strength=method.unlabelled_jitter,
+        blur_horizontally=method.blur == "horizontal",
+    )
+    return weak, strong
 
 
 @torch.no_grad()
@@ -82,11 +96,11 @@ def augment(
         config: probabilities and ranges, such as `WEAK` or `STRONG`.
         ignore_index: label of pixels without class; fills the border when the image shrinks.
         num_classes: number of classes C.
-        classmix: False switches ClassMix off (at the start of training, pseudo-labels are not worth mixing).
+        classmix: False switches ClassMix off (early in the training, pseudo-labels are too poor to mix).
         background: class that ClassMix does not paste unless it is the only one (0 for PASCAL VOC).
 
     Returns:
-        Images, labels and confidence (None if none was given). Where nothing was drawn, the tensors given.
+        Images, labels and confidence (None if none was given); the given tensors themselves if no step was drawn.
     """
     batch: Batch = (images, labels, confidence)
     if classmix and _coin(config.classmix):
@@ -124,23 +138,23 @@ def class_mix(
     """Paste into each image the pixels of some classes of the next image (the last one takes from the first).
 
     Of the n classes in the labels of the next image, ``n // 2 + 1`` (but at most n) are chosen at random. Ignored
-    pixels and ``background`` count as classes only where no other is left. Shapes as in `augment`.
+    pixels and ``background`` are candidates only where there is no other class. Shapes as in `augment`.
     """
     batch_size = len(labels)
     has_class = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
-    slots = torch.where(has_class, labels, num_classes).flatten(1)  # the last slot collects what has no class
+    bins = torch.where(has_class, labels, num_classes).flatten(1)  # pixels without a class go to the last bin
     present = torch.zeros(batch_size, num_classes + 1, dtype=torch.bool, device=labels.device)
-    present.scatter_(1, slots, True)
+    present.scatter_(1, bins, True)
     for dropped in (num_classes, background):
         if dropped is not None:
             others = present.clone()
             others[:, dropped] = False
             present = torch.where(others.any(1, keepdim=True), others, present)
-    # rank the classes that are present by random keys, the absent ones behind them, and take the first
+    # rank the present classes by random keys, absent ones last, and take the first
     keys = torch.rand(batch_size, num_classes + 1).to(labels.device)
     rank = keys.masked_fill(~present, 2.0).argsort(1).argsort(1)
     chosen = present & (rank < present.sum(1, keepdim=True) // 2 + 1)
-    paste = chosen.gather(1, slots).view_as(labels).roll(-1, 0)
+    paste = chosen.gather(1, bins).view_as(labels).roll(-1, 0)
 
     def mix(own: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, own.roll(-1, 0), own)

@@ -1,27 +1,29 @@
-"""Checkpoints: one file, written atomically, read back only if it is whole, ours, and of the same configuration."""
+"""Checkpoints: one file, written atomically, read only if it is complete, ours, and of the same configuration."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from train.config import FitConfig
+from train.config_file import differing_fields, from_plain, to_plain
 from train.distributed import rank, wait
-from train.errors import UserError
-from train.plain import differing_fields, from_plain, to_plain
-from train.training import Training
+from train.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from train.session import Training
 
 FORMAT, VERSION = "pixcontrast-train", 1
 KEEP = "It was left as it is: move it away, or choose another --out"
 
 
 def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> None:
-    """Write the whole state of ``training``; at every moment ``path`` is the old file or the new one, never a part.
+    """Write the whole state of ``training``; at every moment ``path`` is the old or the new file, never a part of it.
 
-    Of several processes, all must call it; rank 0 writes, and the others wait until it has.
+    With several processes, all must call it; rank 0 writes, and the others wait until it has.
 
     Args:
         path: the file; a ``.partial`` file beside it is used on the way.
@@ -42,9 +44,8 @@ def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> Non
         try:
             _write(path, content)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            reason = str(error).split("\n")[0]
             raise UserError(
-                f"checkpoint {path} cannot be written ({reason}): free space or choose another --out"
+                f"checkpoint {path} cannot be written ({reason(error)}): free space or choose another --out"
             ) from error
     wait()
 
@@ -69,8 +70,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated and foreign files make torch raise many kinds
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise UserError(f"checkpoint {path} is truncated or not a checkpoint ({reason}). {KEEP}") from error
+        raise UserError(f"checkpoint {path} is truncated or not a checkpoint ({reason(error)}). {KEEP}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by this program. {KEEP}")
     if content.get("version") != VERSION:
@@ -85,7 +85,7 @@ def resume(path: Path, training: Training, data: dict[str, Any]) -> None:
         UserError: as :func:`read_checkpoint`; or the checkpoint is of another configuration or other data.
     """
     content = read_checkpoint(path)
-    # read first, so that options which the checkpoint is too old to know have their defaults
+    # through FitConfig, so that options newer than the checkpoint have their defaults
     differing = differing_fields(to_plain(config_of(content, path)), to_plain(training.config))
     if differing:
         raise UserError(
@@ -103,8 +103,9 @@ def resume(path: Path, training: Training, data: dict[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}, or choose another --out") from error
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"checkpoint {path} does not fit this version of the program ({reason}). {KEEP}") from error
+        raise UserError(
+            f"checkpoint {path} does not fit this version of the program ({reason(error)}). {KEEP}"
+        ) from error
 
 
 def config_of(content: dict[str, Any], path: Path) -> FitConfig:

@@ -1,30 +1,198 @@
-"""Commands that take the options of `fit` on top of a row of the paper."""
+"""The commands of ``python -m train``. Each imports only what it needs: ``rows`` and ``--help`` start without torch."""
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 
-from train.config import FitConfig
-from train.variants import RowOptions, row_config
-
-STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-"""Options without the name of the part of the configuration before them."""
+from train.errors import Interrupted, UserError
 
 
-def parse_row(arguments: list[str]) -> FitConfig:
-    """The configuration that ``fit --row ...`` asks for.
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Per-class IoU of a checkpoint on a data set."""
 
-    Raises:
-        UserError: an unknown row.
-        SystemExit: arguments that cannot be parsed, or ``--help``.
+    checkpoint: tyro.conf.Positional[Path]
+    """File last.pt of a run folder."""
+    split: Literal["train", "val", "test"] = "val"
+    """Images to evaluate on; of the published data sets, camvid has test."""
+    root: Path | None = None
+    """Folder of the data, if it is not where it was during the training."""
+    device: str = "auto"
+    """auto takes CUDA, then Apple's MPS, then the CPU; or a torch device such as cuda:1."""
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """List the rows of the paper's tables, one a line."""
+
+
+@dataclass(frozen=True)
+class MakeDataConfig:
+    """Generate a small data set in the layout of a published one, to try everything without a download."""
+
+    kind: tyro.conf.Positional[Literal["cityscapes", "voc", "gta5"]]
+    """cityscapes: streets. voc: objects. gta5: streets that look like a game's."""
+    data: tyro.conf.Positional[Path]
+    """Folder of data sets, as for --data; the new one becomes a folder in it."""
+    train: int = 24
+    """Training images."""
+    val: int = 6
+    """Validation images."""
+    seed: int = 0
+    """Seed of the scenes."""
+
+
+def fit(arguments: list[str]) -> str:
+    """Train a network, or continue a run found in --out.
+
+    With --row NAME --data DIR, train a row of the paper: see fit --row NAME --help.
     """
-    options, overrides = tyro.cli(RowOptions, prog="python -m train fit", args=arguments, return_unknown_args=True)
-    return fit_config(options, overrides)
+    if any(argument.split("=")[0] == "--row" for argument in arguments):
+        from train.paper.variants import parse_row
+
+        config = parse_row(arguments)
+    else:
+        from train.config import parse_fit
+
+        config = parse_fit(arguments, description=fit.__doc__)
+    from train.loop import fit as train_network
+    from train.scores import scores_table
+
+    table = scores_table(train_network(config))
+    return f"{table}\ncheckpoints, metrics.jsonl and tensorboard events are in {config.run.out}"
 
 
-def fit_config(options: RowOptions, overrides: list[str], runs: Path = Path("runs")) -> FitConfig:
-    """The configuration of a row, changed by options of `fit`. Errors as in :func:`parse_row`."""
-    default = row_config(options, runs)
-    return tyro.cli(FitConfig, prog="python -m train fit", args=overrides, default=default, config=STYLE)
+def evaluate(arguments: list[str]) -> str:
+    """Per-class IoU of a checkpoint."""
+    config = _parse(EvaluateConfig, "evaluate", arguments)
+    from train.distributed import choose_device
+    from train.evaluate import evaluate_checkpoint
+    from train.scores import scores_table
+
+    device = choose_device(config.device)
+    return scores_table(evaluate_checkpoint(config.checkpoint, config.split, config.root, device))
+
+
+def demo(arguments: list[str]) -> str:
+    """Train with and without the contrast, and write a report."""
+    from train.studies.demo import DemoConfig, run_demo
+
+    return f"report: {run_demo(_parse(DemoConfig, 'demo', arguments))}"
+
+
+def rows(arguments: list[str]) -> str:
+    """List the rows of the paper's tables, one a line."""
+    _parse(RowsConfig, "rows", arguments)
+    from train.paper.rows import rows_list
+
+    return rows_list()
+
+
+def make_data(arguments: list[str]) -> str:
+    """Generate a small data set in the layout of a published one, to try everything without a download."""
+    config = _parse(MakeDataConfig, "make-data", arguments)
+    from train.data.scenes import make_scenes
+
+    root = config.data / config.kind
+    return f"generated {make_scenes(config.kind, root, config.train, config.val, seed=config.seed)}"
+
+
+def reproduce(arguments: list[str]) -> str:
+    """Train the rows of a table on each split, and compare with the printed numbers."""
+    from train.paper import reproduce as module
+
+    config, overrides = _parse(module.ReproduceConfig, "reproduce", arguments, return_unknown_args=True)
+    report = module.reproduce(config, overrides)
+    return "" if config.print_commands else f"comparison: {report}"
+
+
+def figures(arguments: list[str]) -> str:
+    """Draw pictures like those of the paper's supplement."""
+    from train.paper import figures as module
+
+    config = _parse(module.FiguresConfig, "figures", arguments)
+    return "\n".join(f"picture: {file}" for file in module.figures(config))
+
+
+def ablation(arguments: list[str]) -> str:
+    """Train a short recipe with and without parts of the method, and tabulate."""
+    from train.studies import ablation as module
+
+    config, overrides = _parse(module.AblationConfig, "ablation", arguments, return_unknown_args=True)
+    return f"table: {module.ablation(config, overrides)}"
+
+
+COMMANDS: dict[str, Callable[[list[str]], str]] = {
+    "fit": fit,
+    "evaluate": evaluate,
+    "demo": demo,
+    "rows": rows,
+    "make-data": make_data,
+    "reproduce": reproduce,
+    "figures": figures,
+    "ablation": ablation,
+}
+"""Each takes its arguments and returns what it prints; its docstring is its line of help."""
+
+ON_SEVERAL_PROCESSES = ("fit", "evaluate", "reproduce")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line; those of the process unless given.
+
+    Returns:
+        exit status: 0, 2 for bad input, 130 after an interrupt.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name not in COMMANDS:
+        asked = name in ("-h", "--help")
+        print(
+            _usage() if asked else f"{_usage()}\n\nerror: unknown command {name!r}", file=None if asked else sys.stderr
+        )
+        return 0 if asked else 2
+    try:
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several and name not in ON_SEVERAL_PROCESSES:
+            raise UserError(f"torchrun is for {', '.join(ON_SEVERAL_PROCESSES)}: start {name} with python -m train")
+        with _processes() if several else nullcontext():
+            if text := COMMANDS[name](rest):
+                print(text)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted before the training began, or twice: nothing more was saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _processes() -> AbstractContextManager[None]:
+    from train.distributed import processes
+
+    return processes()
+
+
+def _parse(config: type, command: str, arguments: list[str], **options: Any) -> Any:
+    return tyro.cli(config, prog=f"python -m train {command}", args=arguments, **options)
+
+
+def _usage() -> str:
+    lines = ["usage: python -m train COMMAND ...", "", "Pixel-level contrastive learning with a class-wise memory.", ""]
+    lines += [f"  {name:<10} {(inspect.getdoc(command) or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "Options of each: python -m train COMMAND --help"])

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from train.errors import UserError
 
 
@@ -30,19 +32,19 @@ class DataConfig:
     crop: int = 96
     """Height and width of the training crops, in pixels."""
     labelled_batch: int = 8
-    """Labelled images of each step, of all processes together."""
+    """Labelled images a step, over all processes."""
     unlabelled_batch: int = 4
-    """Unlabelled images of each step, of all processes together; each is augmented twice."""
+    """Unlabelled images a step, over all processes; each is augmented twice."""
     workers: int = 0
-    """Processes that read images for each training process; 0 reads there."""
+    """Loader processes of each training process; 0: the training process reads the images itself."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network; from the encoder on, the options are those of timm."""
+    """The network. The options from --encoder on are for --network timm."""
 
     network: Literal["timm", "deeplab_v2", "deeplab_v2_coco", "deeplab_v3plus"] = "timm"
-    """timm: DeepLabV3+ on any encoder. deeplab_*: the paper's, on ResNet-101, ResNet-101 of COCO, and ResNet-50."""
+    """timm: DeepLabV3+ on any encoder. deeplab_*: the paper's, on ResNet-101, on ResNet-101 of COCO, on ResNet-50."""
     branches: int = 2
     """How many of DeepLabV2's four classifiers are summed; the authors' code sums 2."""
     weights: str = "imagenet"
@@ -68,19 +70,19 @@ class ModelConfig:
     decoder_dropout: float = 0.1
     """Dropout before the classifier."""
     encoder_statistics: Literal["batch", "imagenet"] = "batch"
-    """What the encoder's BatchNorm layers normalise by: batch, as in the paper; or imagenet, for short trainings."""
+    """Statistics in the encoder's BatchNorm. batch: as in the paper. imagenet: fixed, for short trainings."""
     train_encoder_norm: bool = False
     """Train scale and shift of the encoder's BatchNorm layers too; the paper freezes them."""
     sync_batchnorm: bool = False
-    """With several GPUs: BatchNorm of the network over the batches of all; that of the branch has enough pixels."""
+    """With several GPUs: BatchNorm statistics of the network over all of them; the branch keeps those of each."""
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What is learned from which images, from when on, and how strongly."""
+    """Losses, their weights, and the steps in which they begin."""
 
     method: Literal["supervised", "pseudo", "contrast"] = "contrast"
-    """supervised: labels only. pseudo: and pseudo-labels of the teacher. contrast: and the class memory."""
+    """supervised: labels only. pseudo: also pseudo-labels of the teacher. contrast: also the class memory."""
     ramp: int = 2000
     """Steps in which the weight of the pseudo-labels rises to 1."""
     ramp_shape: Literal["smooth", "step"] = "smooth"
@@ -106,17 +108,17 @@ class MethodConfig:
     memory_rows: int = 256
     """Capacity of the memory, in rows of each class."""
     memory_sync: Literal["local", "gather", "reduce"] = "gather"
-    """Several processes: gather: all keep all rows. reduce: each its own, means over all. local: each on its own."""
+    """Several processes. gather: each stores all rows. reduce: each its own, class means of all. local: no exchange."""
     contrast_dim: int = 256
     """Width of projection, prediction and memory."""
     confidence: float = 0.95
-    """A labelled pixel is remembered if the teacher gives its class a probability above this."""
+    """A labelled pixel is stored in the memory if the teacher gives its class a probability above this."""
     variant: Literal["paper", "released"] = "paper"
     """paper: as described. released: the contrast as the authors' published code computes it."""
     voc_quota: bool = False
-    """Let an image add a third of the classes times as many rows to the memory, as the authors' code does for VOC."""
+    """Let an image add C/3 times as many rows to the memory (C classes), as the authors' code does for VOC."""
     mix_background: int | None = None
-    """Class that ClassMix does not paste while there are others (0 for VOC)."""
+    """Class that ClassMix pastes only where there is no other (0 for VOC)."""
     labelled_classmix: float = 0.2
     """Probability of ClassMix for a batch of labelled images."""
     unlabelled_classmix: float = 0.75
@@ -130,7 +132,7 @@ class MethodConfig:
     source_steps: Literal["alternate", "last"] = "alternate"
     """With --source-root, alternate: its images in every second step. last: in every second of the last steps only."""
     last_steps: int = 100
-    """How many last steps are without source images (alternate), or the only ones with them (last)."""
+    """Number of last steps that have no source images (alternate), or that alone have them (last)."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class OptimConfig:
     renewal: int = 0
     """Batches of unlabelled images that renew the BatchNorm statistics of the best student at the end; 0: none."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the products in network and branch (bfloat16: autocast); weights and losses are float32 in any case."""
+    """Of convolutions and matrix products (bfloat16: autocast); weights and losses are float32 in any case."""
     seed: int = 0
     """Seed of the split, the batches, the augmentation and the initial weights."""
 
@@ -168,7 +170,7 @@ class RunConfig:
     """Where it runs and what it writes; nothing here changes the trained weights."""
 
     out: Path = Path("runs/fit")
-    """Folder of the run: checkpoints, metrics.jsonl, tensorboard events. A run found there goes on."""
+    """Folder of the run: checkpoints, metrics.jsonl, tensorboard events. A run found there is continued."""
     device: str = "auto"
     """auto takes CUDA, then Apple's MPS, then the CPU; or a torch device such as cuda:1."""
     log_every: int = 10
@@ -176,7 +178,7 @@ class RunConfig:
     evaluate_every: int = 1000
     """Steps between two evaluations on the validation set; one always follows the last step."""
     checkpoint_every: int = 200
-    """Steps between two checkpoints, which is what a killed run loses at most."""
+    """Steps between two checkpoints; a killed run loses at most these."""
 
 
 @dataclass(frozen=True)
@@ -199,20 +201,15 @@ class FitConfig:
             UserError: naming the first such option, what was given and what is expected.
         """
         data, method, optim, run = self.data, self.method, self.optim, self.run
-        positive = {
-            "--crop": data.crop,
-            "--labelled-batch": data.labelled_batch,
-            "--steps": optim.steps,
-            "--log-every": run.log_every,
-            "--evaluate-every": run.evaluate_every,
-            "--checkpoint-every": run.checkpoint_every,
-            "--memory-rows": method.memory_rows,
-            "--contrast-dim": method.contrast_dim,
-            "--lr": optim.lr,
-        }
-        for option, value in positive.items():
-            if value <= 0:
-                raise UserError(f"{option} is {value}: give a number above 0")
+        positive = (
+            *((data, name) for name in ("crop", "labelled_batch")),
+            *((method, name) for name in ("memory_rows", "contrast_dim")),
+            *((optim, name) for name in ("steps", "lr")),
+            *((run, name) for name in ("log_every", "evaluate_every", "checkpoint_every")),
+        )
+        for part, name in positive:
+            if getattr(part, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(part, name)}: give a number above 0")
         if data.workers < 0:
             raise UserError(f"--workers is {data.workers}: give 0 or more")
         for option, size in (("--labelled-batch", data.labelled_batch), ("--unlabelled-batch", data.unlabelled_batch)):
@@ -240,3 +237,16 @@ class FitConfig:
             raise UserError(f"--source-root has the classes of cityscapes, not of {data.dataset}: leave it out")
         if optim.repeated_updates and self.model.network == "timm":
             raise UserError("--repeated-updates counts tensors of the paper's networks: choose one with --network")
+
+
+def parse_fit(arguments: list[str], default: FitConfig | None = None, description: str | None = None) -> FitConfig:
+    """The configuration ``default`` (all defaults unless given), changed by options of the command ``fit``.
+
+    Raises:
+        SystemExit: arguments that cannot be parsed, or ``--help``.
+    """
+    style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --lr, not --optim.lr
+    default = FitConfig() if default is None else default
+    return tyro.cli(
+        FitConfig, prog="python -m train fit", args=arguments, default=default, description=description, config=style
+    )

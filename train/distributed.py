@@ -1,11 +1,11 @@
-"""Several processes that train one network, started by torchrun; alone, everything here does nothing.
+"""Several processes that train one network, started by torchrun; with one process, everything here does nothing.
 
 Each process works on its part of every batch, and after every step all have the same networks: gradients are averaged
 before the optimiser takes them, and running statistics of BatchNorm afterwards.
 
-Gradients are averaged in one piece after the backward, and the learner is not wrapped in ``DistributedDataParallel``,
-which needs every call to go through one forward of one module. A step calls the network twice and the branch three
-times, and the branch has no gradient in the first steps, for which DDP would search the graph in each of them.
+Gradients are averaged in one message after the backward. The learner is not wrapped in ``DistributedDataParallel``
+(DDP), which expects one forward of one module in a step: a step calls the network twice and the branch three times. In
+the first steps the branch has no gradient, so DDP would have to search the graph for unused parameters in every step.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixcontrast.distributed import world_size
+from train.errors import UserError, reason
 
 
 def join() -> None:
-    """Join the process group that torchrun prepared, if it did: NCCL between GPUs, gloo between CPUs."""
+    """Join the process group if torchrun started this process: NCCL between GPUs, gloo between CPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     cuda, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    if cuda and local < torch.cuda.device_count():  # otherwise the choice of the device will complain
+    if cuda and local < torch.cuda.device_count():  # otherwise choose_device raises the error
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
@@ -39,12 +40,12 @@ def processes() -> Iterator[None]:
     join()
     with nullcontext() if rank() == 0 else redirect_stdout(None):
         yield
-    if world_size() > 1:  # after an error the other ranks may still be waiting; torchrun ends them
+    if world_size() > 1:  # not after an error: other ranks may still be waiting, and torchrun ends them
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process, from 0; 0 if it is alone. Only rank 0 writes files."""
+    """Number of this process, from 0; 0 if there is one only. Only rank 0 writes files."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -54,15 +55,37 @@ def launcher() -> list[str]:
     return ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
 
 
+def choose_device(name: str) -> torch.device:
+    """``auto``: CUDA, else MPS, else the CPU; otherwise the device of that name. Each process takes a GPU of its own.
+
+    Raises:
+        UserError: there is no such device, or a single one for several processes.
+    """
+    alone = world_size() == 1
+    if name == "auto":
+        mps = alone and torch.backends.mps.is_available()  # its tensors cannot be exchanged
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not alone and name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name} cannot be shared by {world_size()} processes: give cuda, or cpu")
+    if not alone and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"device {name!r} cannot be used ({reason(error)}): try --device auto or cpu") from error
+    return device
+
+
 def seed_rank(seed: int) -> None:
-    """Give the ranks other than 0 random numbers of their own; rank 0 goes on with those of a single process."""
+    """Give the ranks other than 0 random numbers of their own; rank 0 keeps those of a single process."""
     if rank() > 0:
         key = np.random.SeedSequence([seed & 0xFFFFFFFFFFFFFFFF, rank()])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum of ``value`` over all ranks; no gradient goes through it."""
+    """Sum of ``value`` over all ranks, without gradient."""
     if world_size() == 1:
         return value
     total = value.detach().clone()
@@ -71,12 +94,12 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of ``value`` over all ranks; no gradient goes through it. As it is, of any dtype, if there is only one."""
+    """Mean of ``value`` over all ranks, in float32, without gradient; with one rank, ``value`` itself."""
     return value if world_size() == 1 else sum_over_ranks(value.float()) / world_size()
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` holds on any rank. Processes wait for each other, but not for their GPUs."""
+    """Whether ``flag`` holds on any rank. Processes wait for each other, without synchronising with their GPUs."""
     if world_size() == 1:
         return flag
     flags = torch.tensor(flag, dtype=torch.int64)
@@ -85,7 +108,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, on rank 0; on the others a list of nothing."""
+    """``value`` of every rank, on rank 0; on the others a list of None."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -94,7 +117,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def wait() -> None:
-    """Until every rank is here, with all files that rank 0 wrote before."""
+    """Wait until every rank is here; then all see the files that rank 0 wrote before."""
     any_rank(False)
 
 
@@ -112,7 +135,7 @@ def average_statistics(*modules: nn.Module) -> None:
 
 
 def _average(tensors: list[Tensor]) -> None:
-    """Average in one message: many small ones would each wait for the slowest rank."""
+    """Average in one message; each of many small ones would wait for the slowest rank."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()

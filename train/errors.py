@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake in the input, not in the program."""
+"""The two exceptions that are not bugs of the program: a mistake in the input, and an interrupt."""
 
 
 class UserError(Exception):
@@ -7,3 +7,12 @@ class UserError(Exception):
     The message is one line that names what was given (with the path), what is expected, and what to do.
     ``python -m train`` prints it as ``error: ...`` and exits with status 2, without a traceback.
     """
+
+
+class Interrupted(Exception):
+    """The training was interrupted and has written its checkpoint; the message says how to go on."""
+
+
+def reason(error: Exception) -> str:
+    """First line of the message of ``error``, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,14 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from train.checkpoint import config_of, read_checkpoint
-from train.data import SegmentationDataset, open_dataset
+from train.data.dataset import SegmentationDataset
+from train.data.datasets import open_dataset
 from train.distributed import rank, world_size
-from train.errors import UserError
-from train.models import Learner, resize
+from train.errors import UserError, reason
+from train.models import Learner, build_learner
+from train.networks.base import resize
+from train.scores import Scores
 from train.step import to_float
-from train.training import build_learner
-
-
-@dataclass(frozen=True)
-class Scores:
-    """IoU by name of the class, 0..1, NaN where it occurs neither in labels nor in predictions; and their mean."""
-
-    iou: dict[str, float]
-    miou: float
 
 
 @torch.no_grad()
@@ -45,15 +38,15 @@ def predict(learner: Learner, image: Tensor, size: tuple[int, int] | None = None
 def evaluate(learner: Learner, dataset: SegmentationDataset, device: torch.device | str = "cpu") -> Scores:
     """Evaluate on whole images, one at a time, single scale; the mean is over all classes that occur.
 
-    Of several processes, which must all call it, each evaluates a part, and all get the scores of the whole. Neither
-    the network nor any random state is changed.
+    With several processes, all must call it: each evaluates a part, and all get the scores of the whole. Neither the
+    network nor any random state is changed.
     """
     matrix = MulticlassConfusionMatrix(len(dataset.classes), ignore_index=dataset.ignore_index).to(device)
     for index in range(rank(), len(dataset), world_size()):
         image, mask = dataset[index]
         prediction = predict(learner, image.to(device), (mask.shape[0], mask.shape[1]))
         matrix.update(prediction, mask.to(device))
-    return scores_of(matrix.compute(), dataset.classes)  # of all ranks: torchmetrics adds them up
+    return scores_of(matrix.compute(), dataset.classes)  # compute() sums over the ranks
 
 
 def scores_of(confusion: Tensor, classes: tuple[str, ...]) -> Scores:
@@ -64,27 +57,13 @@ def scores_of(confusion: Tensor, classes: tuple[str, ...]) -> Scores:
     return Scores(dict(zip(classes, iou.tolist(), strict=True)), float(iou.nanmean()))
 
 
-def scores_table(columns: dict[str, Scores]) -> str:
-    """Markdown table of IoU in percent: a row for each class and the mean, a column for each entry of ``columns``."""
-    rows = [["IoU, %", *columns], ["---", *["---:"] * len(columns)]]
-    classes = next(iter(columns.values())).iou
-    rows += [[name, *(percent(scores.iou[name]) for scores in columns.values())] for name in classes]
-    rows.append(["**mean**", *(f"**{percent(s.miou)}**" for s in columns.values())])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def percent(share: float) -> str:
-    """0.4321 as ``43.2``; NaN, of a class that does not occur, as a dash."""
-    return "–" if math.isnan(share) else f"{100 * share:.1f}"
-
-
 def evaluate_checkpoint(
     path: Path, split: str = "val", root: Path | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Scores]:
     """Scores of the networks in the checkpoint at ``path``.
 
     Args:
-        split: ``train`` or ``val``.
+        split: ``train``, ``val`` or, for camvid, ``test``.
         root: folder of the data; that of the training unless given.
         device: where to compute.
 
@@ -94,11 +73,7 @@ def evaluate_checkpoint(
     learners, content = load_learners(path, device)
     data = config_of(content, path).data
     dataset = open_dataset(data.dataset, split, root or data.root, data.scale)
-    if list(dataset.classes) != content["data"]["classes"]:
-        raise UserError(
-            f"checkpoint {path} knows the classes {content['data']['classes']}, the data set has "
-            f"{list(dataset.classes)}: give the --root of the data it was trained on"
-        )
+    check_classes(path, content, dataset)
     return {name: evaluate(learner, dataset, device) for name, learner in learners.items()}
 
 
@@ -113,7 +88,7 @@ def load_learners(path: Path, device: torch.device | str = "cpu") -> tuple[dict[
     """
     content = read_checkpoint(path)
     config = config_of(content, path)
-    # the checkpoint has all the weights, so those of ImageNet need not be found
+    # the checkpoint has all weights, so those of ImageNet are not loaded first
     config = replace(config, model=replace(config.model, pretrained=False))
     data, states = content["data"], {"student": "learner", "teacher": "teacher"}
     if config.method.method == "supervised":
@@ -124,7 +99,19 @@ def load_learners(path: Path, device: torch.device | str = "cpu") -> tuple[dict[
         try:
             learner.load_state_dict(content["training"][key])
         except (RuntimeError, KeyError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"checkpoint {path} does not fit this version of the program ({reason})") from error
+            raise UserError(f"checkpoint {path} does not fit this version of the program ({reason(error)})") from error
         learners[name] = learner.to(device)
     return learners, content
+
+
+def check_classes(path: Path, content: dict[str, Any], dataset: SegmentationDataset) -> None:
+    """Refuse a data set whose classes are not those of the checkpoint.
+
+    Raises:
+        UserError: they differ.
+    """
+    if list(dataset.classes) != content["data"]["classes"]:
+        raise UserError(
+            f"checkpoint {path} knows the classes {content['data']['classes']}, the data set has "
+            f"{list(dataset.classes)}: both must be of one data set, see --root"
+        )

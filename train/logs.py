@@ -1,4 +1,4 @@
-"""Metrics of a run: one line of JSON per step in metrics.jsonl, and tensorboard events."""
+"""The log of a run: metrics.jsonl (one JSON object a logged step), tensorboard events, and the scores in them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from train.config import FitConfig
+from train.config_file import same_as_written
+from train.scores import Scores
 
 METRICS = "metrics.jsonl"
 
 Record = dict[str, Any]  # "step" and flat "group/name" numbers
+
+BEST = "student, best on val"
+"""Name of the scores of the evaluation with the highest mean IoU.
+
+The paper reports these. They are too high, because the images that choose them also measure them. A student that was
+renewed at the end (see `train.loop`) counts too.
+"""
 
 
 class MetricsLog:
@@ -30,6 +39,8 @@ class MetricsLog:
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, self.path)
         self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run that is trained needs it
+
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -55,3 +66,46 @@ def read_metrics(out: Path) -> list[Record]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def score_numbers(scores: dict[str, Scores]) -> dict[str, float]:
+    """Scores under their names in the log."""
+    numbers = {f"miou/{network}": score.miou for network, score in scores.items()}
+    for network, score in scores.items():
+        numbers |= {f"iou_{network}/{name}": iou for name, iou in score.iou.items()}
+    return numbers
+
+
+def logged_scores(records: list[Record], classes: tuple[str, ...]) -> dict[str, Scores]:
+    """The last scores of ``student`` and, where there is one, ``teacher``; and under :data:`BEST` the student's best.
+
+    Args:
+        records: of a run, in order; not all of them need to have scores.
+        classes: names of the classes.
+    """
+    evaluated = [record for record in records if "miou/student" in record]
+    if not evaluated:
+        return {}
+    networks = [network for network in ("student", "teacher") if f"miou/{network}" in evaluated[-1]]
+    scores = {network: _scores(evaluated[-1], network, classes) for network in networks}
+    students = [(record, name) for record in evaluated for name in ("student", "renewed") if f"miou/{name}" in record]
+    return scores | {BEST: _scores(*max(students, key=_miou), classes)}
+
+
+def finished(run: FitConfig) -> bool:
+    """Whether the log shows the last step, with these options, and its evaluation. The data need not exist."""
+    records = read_metrics(run.run.out)
+    done = bool(records) and records[-1]["step"] == run.optim.steps and "miou/student" in records[-1]
+    return done and same_as_written(run)
+
+
+def _miou(evaluation: tuple[Record, str]) -> float:
+    record, network = evaluation
+    miou = record[f"miou/{network}"]
+    return -math.inf if miou is None else miou
+
+
+def _scores(record: Record, network: str, classes: tuple[str, ...]) -> Scores:
+    numbers = {key: value for key, value in record.items() if value is not None}  # a class that does not occur is null
+    iou = {name: numbers.get(f"iou_{network}/{name}", math.nan) for name in classes}
+    return Scores(iou, numbers.get(f"miou/{network}", math.nan))

@@ -1,29 +1,36 @@
-"""The training loop: steps, and between them logs, evaluations, checkpoints."""
+"""The training loop: steps, and between them logs, evaluations, checkpoints and the choice of the best student."""
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train.checkpoint import save_checkpoint
+from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
-from train.distributed import any_rank, join, launcher, mean_over_ranks, rank, wait
-from train.errors import UserError
-from train.evaluate import Scores, evaluate
-from train.interrupt import CatchInterrupt, Interrupted
-from train.logs import MetricsLog, read_metrics
-from train.plain import write_config
-from train.results import BEST, logged_scores
-from train.selection import RESTARTED, Selection, renew, restart
-from train.session import Session, open_session
-from train.step import training_step
-from train.training import Training
+from train.config_file import write_config
+from train.distributed import any_rank, average_statistics, join, launcher, mean_over_ranks, rank, wait
+from train.errors import Interrupted, UserError
+from train.evaluate import evaluate
+from train.logs import BEST, MetricsLog, Record, logged_scores, read_metrics, score_numbers
+from train.scores import Scores
+from train.session import Session, Training, open_session
+from train.step import to_float, training_step
+
+RESTARTED = "selection/restarted"
+"""Number in the log at steps after which the training went on from the best student."""
 
 
 def fit(config: FitConfig) -> dict[str, Scores]:
@@ -51,20 +58,20 @@ def fit(config: FitConfig) -> dict[str, Scores]:
         raise UserError(f"run folder {config.run.out} cannot be written ({error}): choose another --out") from error
     wait()
     try:
-        with CatchInterrupt() as interrupt:
-            return _loop(session, log, interrupt)
+        with caught_interrupts() as interrupts:
+            return _loop(session, log, interrupts)
     finally:
         if log is not None:
             log.close()
 
 
-def _loop(session: Session, log: MetricsLog | None, interrupt: CatchInterrupt) -> dict[str, Scores]:
+def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> dict[str, Scores]:
     training, classes, batches = session.training, session.validation.classes, session.batches()
     run, steps = training.config.run, training.config.optim.steps
     scores: dict[str, Scores] = {}
     selection = Selection(read_metrics(run.out), training.config.optim.restart_after * steps)
-    slow = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no new line every half second
-    bar = {"total": steps, "initial": training.step, "unit": "step", "mininterval": slow, "disable": rank() > 0}
+    interval = 0.5 if sys.stderr.isatty() else 20.0  # seconds; in a log file, each update of the bar is a new line
+    bar = {"total": steps, "initial": training.step, "unit": "step", "mininterval": interval, "disable": rank() > 0}
     with tqdm(desc=run.out.name, **bar) as progress:
         while training.step < steps:
             start = time.perf_counter()
@@ -81,7 +88,7 @@ def _loop(session: Session, log: MetricsLog | None, interrupt: CatchInterrupt) -
                 numbers |= score_numbers(scores) | select(session, selection, scores["student"])
             if numbers and log is not None:
                 log.write(training.step, numbers)
-            interrupted = any_rank(interrupt.requested) and not last
+            interrupted = any_rank(bool(interrupts)) and not last
             if last or interrupted or training.step % run.checkpoint_every == 0:
                 save_checkpoint(session.checkpoint, training, session.data)
             progress.update()
@@ -93,31 +100,31 @@ def _loop(session: Session, log: MetricsLog | None, interrupt: CatchInterrupt) -
     return scores | best_logged(session)
 
 
-def select(session: Session, selection: Selection, student: Scores) -> dict[str, float]:
-    """Keep the student if it is the best so far, return to the best one if that was long ago, renew it at the end.
+@contextmanager
+def caught_interrupts() -> Iterator[list[int]]:
+    """Context in which the first SIGINT is only added to the list; a second one raises KeyboardInterrupt as usual.
 
-    Returns:
-        numbers for the log.
+    Python can catch signals in the main thread only; in another one, nothing changes.
     """
-    training, optim = session.training, session.training.config.optim
-    last = training.step == optim.steps
-    if selection.note({"step": training.step, "miou/student": student.miou}):
-        save_checkpoint(session.best_checkpoint, training, session.data)
-    elif selection.stuck(training.step) and not last:
-        restart(session)
-        selection.note({"step": training.step, RESTARTED: 1.0})
-        return {RESTARTED: 1.0}
-    return score_numbers({"renewed": renew(session, optim.renewal)}) if last and optim.renewal else {}
+    caught: list[int] = []
 
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
 
-def best_logged(session: Session) -> dict[str, Scores]:
-    """Scores of the best evaluation of the student, under its name."""
-    scores = logged_scores(read_metrics(session.training.config.run.out), session.validation.classes)
-    return {BEST: scores[BEST]} if scores else {}
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def log_numbers(training: Training, losses: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, float]:
-    """Losses, learning rate and fill of the memory as numbers, over all ranks. Only here does it wait for the device.
+    """Losses, learning rate and fill of the memory as numbers, over all ranks. Synchronises with the device.
 
     Raises:
         UserError: the loss is not finite.
@@ -142,9 +149,86 @@ def evaluate_all(session: Session) -> dict[str, Scores]:
     return scores
 
 
-def score_numbers(scores: dict[str, Scores]) -> dict[str, float]:
-    """Scores under their names in the log."""
-    numbers = {f"miou/{network}": score.miou for network, score in scores.items()}
-    for network, score in scores.items():
-        numbers |= {f"iou_{network}/{name}": iou for name, iou in score.iou.items()}
-    return numbers
+def best_logged(session: Session) -> dict[str, Scores]:
+    """Scores of the best evaluation of the student, under its name."""
+    scores = logged_scores(read_metrics(session.training.config.run.out), session.validation.classes)
+    return {BEST: scores[BEST]} if scores else {}
+
+
+# ---- the best student on the validation images, as the authors' code chooses it
+
+
+class Selection:
+    """The best evaluation of the student so far, and the step of the last improvement or restart.
+
+    Args:
+        records: the log up to now, if the run is resumed.
+        patience: steps without a better evaluation after which to restart; 0: never.
+    """
+
+    def __init__(self, records: list[Record], patience: float) -> None:
+        self.patience = patience
+        self.best, self.since = -math.inf, 0
+        for record in records:
+            self.note(record)
+
+    def note(self, record: Record) -> bool:
+        """Take note of a record of the log; whether it has a better evaluation than all before."""
+        miou = record.get("miou/student")
+        miou = -math.inf if miou is None else miou  # the log has None for NaN
+        better = miou > self.best
+        if better:
+            self.best = miou
+        if better or RESTARTED in record:
+            self.since = record["step"]
+        return better
+
+    def stuck(self, step: int) -> bool:
+        """Whether the last improvement or restart is too long ago."""
+        return 0 < self.patience < step - self.since
+
+
+def select(session: Session, selection: Selection, student: Scores) -> dict[str, float]:
+    """Save the student if it is the best so far; restart from the best one if that was long ago; renew it at the end.
+
+    Returns:
+        numbers for the log.
+    """
+    training, optim = session.training, session.training.config.optim
+    last = training.step == optim.steps
+    if selection.note({"step": training.step, "miou/student": student.miou}):
+        save_checkpoint(session.best_checkpoint, training, session.data)
+    elif selection.stuck(training.step) and not last:
+        restart(session)
+        selection.note({"step": training.step, RESTARTED: 1.0})
+        return {RESTARTED: 1.0}
+    return score_numbers({"renewed": renew(session, optim.renewal)}) if last and optim.renewal else {}
+
+
+def restart(session: Session) -> None:
+    """Give student and teacher the student's best weights; memory, momentum and learning rate stay as they are."""
+    state = read_checkpoint(session.best_checkpoint)["training"]["learner"]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("branch.memory.")}
+    session.training.learner.load_state_dict(state, strict=False)
+    session.training.teacher.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
+def renew(session: Session, batches: int) -> Scores:
+    """Renew the BatchNorm statistics of the best student by ``batches`` forwards on plain unlabelled crops.
+
+    It is written to ``renewed.pt``; the training itself does not change.
+
+    Returns:
+        the scores of the renewed student.
+    """
+    training = session.training
+    learner = copy.deepcopy(training.learner)
+    learner.load_state_dict(read_checkpoint(session.best_checkpoint)["training"]["learner"])
+    learner.train()
+    for (images, _), _ in zip(session.unlabelled_batches(), range(batches), strict=False):
+        learner(to_float(images))
+    average_statistics(learner)
+    path = session.best_checkpoint.with_name("renewed.pt")
+    save_checkpoint(path, replace(training, learner=learner), session.data)
+    return evaluate(learner, session.validation, session.device)

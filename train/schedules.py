@@ -1,16 +1,33 @@
-"""What changes with the step: share of the teacher kept, ramp of the pseudo-labels, learning rate, class weights."""
+"""Everything about rates: EMA of the teacher, ramp of the pseudo-labels, source steps, optimiser and learning rate."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import PolynomialLR
 
-from train.distributed import sum_over_ranks
+from train.config import OptimConfig
+
+TIMES_LISTED = {
+    r"network\.backbone\.conv1\.": 1,
+    r"network\.backbone\.layer\d\.\d+\.downsample\.": 4,
+    r"network\.backbone\.layer": 3,
+    r"network\.aspp\.convs\.": 3,
+    r"network\.aspp\.project\.": 2,
+    r"network\.skip\.": 2,
+    r"network\.decoder\.": 3,
+    r"network\.classifier\.convs\.": 3,
+    r"network\.classifier\.": 2,
+    r"branch\.": 2,
+}
+"""How often the optimiser of Alonso et al. held a tensor until October 2021: once for each module around it.
+
+SGD that holds a tensor k times updates it k times a step with the same gradient. Once its momentum has settled, that is
+k times the learning rate, as the author also says.
+"""
 
 
 def ema_decay(step: int, steps: int, base: float = 0.995, warmup: float = 10.0) -> float:
@@ -36,8 +53,8 @@ def from_source(step: int, steps: int, order: str = "alternate", last: int = 100
     """Whether the labelled images of ``step`` (from 0) of ``steps`` are of the source domain.
 
     Args:
-        order: ``alternate``: in every odd step but the ``last`` ones, as the authors' comment and first version have
-            it. ``last``: in every odd step of the ``last`` ones only, which is what their condition came to say.
+        order: ``alternate``: in every odd step but the ``last`` ones, as the authors' comment and first version say.
+            ``last``: in every odd step of the ``last`` ones only, as their last version does.
     """
     return step % 2 == 1 and (step >= steps - last) == (order == "last")
 
@@ -47,74 +64,22 @@ def poly_schedule(optimizer: Optimizer, steps: int) -> PolynomialLR:
     return PolynomialLR(optimizer, total_iters=steps, power=0.9)
 
 
-class ClassWeights:
-    """Class weights ``sqrt(median frequency / frequency)`` from labels and recent pseudo-labels.
+def build_optimizer(learner: nn.Module, optim: OptimConfig) -> Optimizer:
+    """SGD with momentum or AdamW over every trainable tensor, all with weight decay, as in the paper.
 
-    Label counts come from the first ``label_batches`` batches and stay; pseudo-label counts from the last
-    ``pseudo_batches`` ones. Until both windows are full, all weights are 1. A class that never occurred gets the
-    largest weight of the others. The median is over all classes; where most of them never
-    occurred, over those that did.
-
-    Args:
-        num_classes: C.
-        label_batches: batches of labels to count.
-        pseudo_batches: window of the pseudo-labels, in batches; 0 counts labels only.
-        device: where the counts live; nothing waits for it.
-
-    With several processes, a batch is that of all ranks together, and all must count equally often.
+    One group at one learning rate; with ``repeated_updates`` a group for each multiple of it, the lowest first.
     """
+    tensors = [(name, tensor) for name, tensor in learner.named_parameters() if tensor.requires_grad]
+    times = {name: times_listed(name) if optim.repeated_updates else 1 for name, _ in tensors}
+    groups = [
+        {"params": [tensor for name, tensor in tensors if times[name] == multiple], "lr": multiple * optim.lr}
+        for multiple in sorted(set(times.values()))
+    ]
+    if optim.optimizer == "adamw":
+        return AdamW(groups, weight_decay=optim.weight_decay)
+    return SGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay)
 
-    def __init__(
-        self, num_classes: int, label_batches: int, pseudo_batches: int, device: torch.device | str = "cpu"
-    ) -> None:
-        self.num_classes = num_classes
-        self.label_batches = label_batches
-        self.seen = {"labels": 0, "pseudo": 0}
-        self.labels = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        self.pseudo = torch.zeros(pseudo_batches, num_classes, dtype=torch.int64, device=device)
 
-    def count_labels(self, labels: Tensor) -> None:
-        """Count a labelled batch [B, H, W] int64, as long as the window of the labels is open."""
-        if self.seen["labels"] < self.label_batches:
-            self.labels += self._histogram(labels)
-            self.seen["labels"] += 1
-
-    def count_pseudo(self, labels: Tensor) -> None:
-        """Count a batch of pseudo-labels [B, H, W] int64 in place of the oldest one."""
-        window = self.pseudo.shape[0]
-        if window > 0:
-            self.pseudo[self.seen["pseudo"] % window] = self._histogram(labels)
-            self.seen["pseudo"] += 1
-
-    @property
-    def ready(self) -> bool:
-        """Whether both windows have been filled."""
-        return self.seen["labels"] >= self.label_batches and self.seen["pseudo"] >= self.pseudo.shape[0]
-
-    def weights(self) -> Tensor:
-        """Weights [C] float32."""
-        if not self.ready:
-            return torch.ones(self.num_classes, device=self.labels.device)
-        # float32 holds counts up to 2^24 exactly and larger ones to 1e-7, and MPS has no float64
-        counts = (self.labels + self.pseudo.sum(0)).float()
-        occurs = counts > 0
-        median = torch.quantile(counts, 0.5)
-        median = torch.where(median > 0, median, torch.where(occurs, counts, torch.nan).nanmedian())
-        ratio = torch.where(occurs, median / counts.clamp_min(1), 1)
-        return torch.where(occurs, ratio, ratio.max()).nan_to_num(1).sqrt()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": dict(self.seen), "labels": self.labels, "pseudo": self.pseudo}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seen = dict(state["seen"])
-        self.labels.copy_(state["labels"])
-        self.pseudo.copy_(state["pseudo"])
-
-    def _histogram(self, labels: Tensor) -> Tensor:
-        """Pixels of each class [C] int64, over all ranks; labels outside 0..C-1 count nowhere."""
-        flat = labels.reshape(-1)
-        inside = (flat >= 0) & (flat < self.num_classes)
-        slots = torch.where(inside, flat, self.num_classes)
-        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=flat.device)
-        return sum_over_ranks(counts.scatter_add_(0, slots, torch.ones_like(slots))[:-1])
+def times_listed(name: str) -> int:
+    """How often the authors' optimiser held the tensor that is ``name`` in a learner with a network of the paper."""
+    return next(times for pattern, times in TIMES_LISTED.items() if re.match(pattern, name))

@@ -1,8 +1,8 @@
-"""Everything a run works with, opened from its configuration: device, data, batches, and the training state."""
+"""A run in memory: networks, optimiser and schedules (`Training`), and the data they train on (`Session`)."""
 
 from __future__ import annotations
 
-import os
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -10,24 +10,140 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from pixcontrast.distributed import world_size
+from train.augment import AugmentConfig, build_augmentation
 from train.checkpoint import resume
-from train.config import DataConfig, FitConfig
-from train.data import Batches, SegmentationDataset, open_dataset, split_labelled
-from train.data.camvid import split_labelled_by_sequence
-from train.data.published_splits import read_published_split, read_split, split_by_order
-from train.data.splits import labelled_count
-from train.distributed import rank, seed_rank, world_size
+from train.class_weights import ClassWeights
+from train.config import FitConfig
+from train.data.batches import Batch, Batches
+from train.data.dataset import SegmentationDataset
+from train.data.datasets import open_dataset
+from train.data.splits import choose_labelled
+from train.distributed import choose_device, gather, rank, seed_rank
 from train.errors import UserError
-from train.step import Batch
-from train.training import Training, build_training
+from train.models import Learner, build_learner, synchronise_batchnorm
+from train.schedules import build_optimizer, from_source, poly_schedule
 
 CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
+STATEFUL = ("learner", "teacher", "optimizer", "schedule", "class_weights")
+
+
+@dataclass
+class Training:
+    """All that a step reads and changes. Each process has one; networks and optimiser are the same in all of them.
+
+    Attributes:
+        learner: student network with contrast branch; the branch holds the memory.
+        teacher: moving average of the learner's parameters, with buffers of its own.
+        weak, strong: augmentation of the labelled and of the unlabelled images.
+        step: steps taken so far.
+    """
+
+    config: FitConfig
+    num_classes: int
+    ignore_index: int
+    learner: Learner
+    teacher: Learner
+    optimizer: Optimizer
+    schedule: LRScheduler
+    class_weights: ClassWeights
+    weak: AugmentConfig
+    strong: AugmentConfig
+    step: int = 0
+
+    def from_source(self, step: int) -> bool:
+        """Whether the labelled images of ``step`` (from 0) are of the source domain, if there is one."""
+        method, steps = self.config.method, self.config.optim.steps
+        adapts = self.config.data.source_root is not None
+        return adapts and from_source(step, steps, method.source_steps, method.last_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, with the state of torch's global random generators.
+
+        With several processes, all must call it. Only the result on rank 0 is complete: ``other_ranks`` has the
+        rank-specific state of the others.
+        """
+        own = self._rank_state()
+        parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        rng = {"rng_cpu": own["rng_cpu"], "rng_cuda": own["rng_cuda"]}
+        return {"step": self.step, **parts, **rng, "other_ranks": gather(own)[1:]}
+
+    def _rank_state(self) -> dict[str, Any]:
+        """Rank-specific state: random generators and, unless it is gathered, the memory."""
+        state = {
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        if self.learner.branch is not None and self.learner.branch.memory.sync != "gather":
+            state["memory"] = {name: part.cpu() for name, part in self.learner.branch.memory.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``, a result of :meth:`state_dict` on rank 0 with tensors on the CPU."""
+        others = state.get("other_ranks", [])
+        if len(others) + 1 != world_size():
+            raise UserError(
+                f"the run was trained by {len(others) + 1} processes, this is one of {world_size()}: start as many"
+            )
+        own = state if rank() == 0 else others[rank() - 1]
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+        if self.learner.branch is not None and "memory" in own:
+            self.learner.branch.memory.load_state_dict(own["memory"])
+        torch.set_rng_state(own["rng_cpu"])
+        if torch.cuda.is_available() and len(own["rng_cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(own["rng_cuda"])
+
+
+def build_training(
+    config: FitConfig,
+    num_classes: int,
+    ignore_index: int,
+    num_labelled: int,
+    num_unlabelled: int,
+    device: torch.device | str = "cpu",
+) -> Training:
+    """Networks, optimiser and schedules at step 0, seeded by ``config.optim.seed``.
+
+    Args:
+        config: the whole configuration.
+        num_classes: C.
+        ignore_index: label of pixels without a class.
+        num_labelled: labelled images, which decide how many rows each may add to the memory.
+        num_unlabelled: unlabelled images; with the batch sizes they decide the windows of the class weights.
+        device: where to train.
+
+    Raises:
+        UserError: an unusable encoder or its weights.
+    """
+    torch.manual_seed(config.optim.seed)
+    learner = build_learner(config, num_classes, ignore_index, num_labelled).to(device)
+    if config.model.sync_batchnorm and world_size() > 1:
+        if torch.device(device).type != "cuda":
+            raise UserError(f"--sync-batchnorm: PyTorch has it for CUDA, not for {device}; leave it out")
+        learner.network = synchronise_batchnorm(learner.network)
+    learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU and GPU
+    teacher = copy.deepcopy(learner).requires_grad_(False)
+    optimizer = build_optimizer(learner, config.optim)
+    semi_supervised = config.method.method != "supervised"
+    class_weights = ClassWeights(
+        num_classes,
+        label_batches=max(1, num_labelled // config.data.labelled_batch),
+        pseudo_batches=max(1, num_unlabelled // config.data.unlabelled_batch) if semi_supervised else 0,
+        device=device,
+    )
+    schedule = poly_schedule(optimizer, config.optim.steps)
+    views = build_augmentation(config.method)
+    return Training(config, num_classes, ignore_index, learner, teacher, optimizer, schedule, class_weights, *views)
 
 
 @dataclass(frozen=True)
 class Session:
-    """An opened run.
+    """An opened run: data and training.
 
     Attributes:
         training: at step 0, or where the checkpoint in the run folder left it.
@@ -48,16 +164,16 @@ class Session:
 
     @property
     def checkpoint(self) -> Path:
-        """The file that holds where the run is."""
+        """File of the current state of the run."""
         return self.training.config.run.out / CHECKPOINT
 
     @property
     def best_checkpoint(self) -> Path:
-        """The file that holds where the student was best on the validation images."""
+        """File of the state in which the student was best on the validation images."""
         return self.training.config.run.out / BEST_CHECKPOINT
 
     def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
-        """This rank's part of labelled and unlabelled batches, on the device, from the current step on, without end."""
+        """Endless labelled and unlabelled batches (this rank's part) on the device, from the current step on."""
         labelled = self._labelled_batches()
         if self.training.config.method.method == "supervised":
             yield from ((batch, None) for batch in labelled)
@@ -65,7 +181,7 @@ class Session:
             yield from zip(labelled, self.unlabelled_batches(), strict=False)
 
     def unlabelled_batches(self) -> Iterator[Batch]:
-        """Unlabelled batches on the device, from the current step on, without end; their labels are not to be read."""
+        """Endless unlabelled batches on the device, from the current step on; nothing may read their labels."""
         size = self.training.config.data.unlabelled_batch
         return self._stream(self.train, self.unlabelled, "unlabelled", size, self.training.step)
 
@@ -98,11 +214,10 @@ def open_session(config: FitConfig) -> Session:
     """
     config.check(world_size())
     device = choose_device(config.run.device)
-    places = config.data.root, config.data.scale
-    train, validation = (open_dataset(config.data.dataset, split, *places) for split in ("train", "val"))
-    source_root = config.data.source_root
-    source = None if source_root is None else open_dataset("gta5", "train", source_root, config.data.scale)
-    labelled, unlabelled = choose_labelled(train, config.data, config.optim.seed)
+    c = config.data
+    train, validation = (open_dataset(c.dataset, split, c.root, c.scale) for split in ("train", "val"))
+    source = None if c.source_root is None else open_dataset("gta5", "train", c.source_root, c.scale)
+    labelled, unlabelled = choose_labelled(train, c, config.optim.seed)
     if not unlabelled and config.method.method != "supervised":
         raise UserError(
             f"all {len(train)} images are labelled, so none is left for pseudo-labels: "
@@ -110,7 +225,7 @@ def open_session(config: FitConfig) -> Session:
         )
     training = build_training(config, len(train.classes), train.ignore_index, len(labelled), len(unlabelled), device)
     seed_rank(config.optim.seed)
-    # to resume with other images would not be to resume
+    # compared on resume, which needs the same images
     data = {
         "classes": list(train.classes),
         "ignore_index": train.ignore_index,
@@ -121,44 +236,3 @@ def open_session(config: FitConfig) -> Session:
     if session.checkpoint.exists():
         resume(session.checkpoint, training, data)
     return session
-
-
-def choose_labelled(train: SegmentationDataset, data: DataConfig, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the labelled and of the unlabelled images of ``train``, each ascending.
-
-    The first of ``data.split_file``; else drawn by ``data.split_seed`` or, without one, by ``seed``.
-
-    Raises:
-        UserError: a count or a file that does not fit the data.
-    """
-    n, path = len(train), data.split_file
-    if path is not None:
-        order = read_published_split(path, n) if path.suffix == ".pkl" else read_split(path, train.ids)
-        return split_by_order(order, n, labelled_count(n, data.labelled))
-    seed = seed if data.split_seed is None else data.split_seed
-    if data.dataset == "camvid":  # frames of one video resemble each other
-        return split_labelled_by_sequence(train.ids, data.labelled, seed)
-    return split_labelled(n, data.labelled, seed)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: CUDA, else MPS, else the CPU; otherwise the device of that name. Of several processes, each has a GPU.
-
-    Raises:
-        UserError: there is no such device, or a single one for several processes.
-    """
-    alone = world_size() == 1
-    if name == "auto":
-        mps = alone and torch.backends.mps.is_available()  # its tensors cannot be exchanged
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if not alone and name not in ("cuda", "cpu"):
-        raise UserError(f"--device {name} cannot be shared by {world_size()} processes: give cuda, or cpu")
-    if not alone and name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).split("\n")[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): try --device auto or --device cpu") from error
-    return device

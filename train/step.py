@@ -9,30 +9,30 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from train.augment import augment
+from train.data.batches import Batch
 from train.distributed import average_gradients, average_statistics
 from train.losses import entropy_loss, pseudo_label_loss, supervised_loss
-from train.models import Learner, resize
+from train.models import Learner
+from train.networks.base import resize
 from train.schedules import ema_decay, pseudo_ramp
-from train.training import Training
-
-Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B, H, W] int64
+from train.session import Training
 
 
 def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dict[str, Tensor]:
     """Take one step: pseudo-labels, student forwards, losses, memory, contrast, optimiser, teacher.
 
     Args:
-        t: the training, changed in place; ``t.step`` goes up by one.
+        t: the training, changed in place; ``t.step`` is incremented.
         labelled: images and labels.
         unlabelled: images, whose labels are not read; None when the method is ``supervised``.
 
     Returns:
-        the weighted losses and their sum ``total`` as detached scalars. Nothing here waits for the device. Of several
-        processes, each gives its part of the batch, and the mean over the ranks is the loss of the whole.
+        the weighted losses and their sum ``total`` as detached scalars, without synchronisation. With several
+        processes, each takes its part of the batch, and the mean over the ranks is the loss of the whole batch.
     """
     m, o, i, branch = t.config.method, t.config.optim, t.step, t.learner.branch
     late = i > m.contrast_start
-    target = not t.from_source(i)  # only the target domain decides what is rare, and what is remembered
+    target = not t.from_source(i)  # only the target domain is counted for the class weights and stored in the memory
     t.learner.train()
     t.teacher.train(m.teacher_mode == "train")
     losses: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     error = supervised_loss(resize(logits, images.shape[-2:]), labels, alpha, t.ignore_index)
     losses["supervised"] = m.supervised_weight * error
 
-    # The memory takes what the teacher gets right on the labelled images; all pixels are drawn to their class in it.
+    # The memory stores labelled pixels that the teacher classifies correctly; the contrast compares all pixels with it.
     with t.learner.autocast():
         if branch is not None and i > m.memory_start and target:
             with torch.no_grad():
@@ -93,7 +93,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def mixing(t: Training, classmix: bool) -> dict[str, Any]:
-    """What the augmentation must know about the classes, and whether it may mix images."""
+    """Options of the augmentation that depend on the classes, and whether ClassMix is on."""
     return {
         "ignore_index": t.ignore_index,
         "num_classes": t.num_classes,
@@ -114,6 +114,6 @@ def pseudo_labels(teacher: Learner, images: Tensor) -> tuple[Tensor, Tensor]:
 def update_teacher(teacher: Learner, learner: Learner, decay: float) -> None:
     """``teacher = decay * teacher + (1 - decay) * learner`` for the parameters; buffers stay the teacher's own.
 
-    ``swa_utils.AveragedModel`` would overwrite or average the buffers too, so only its averaging function is used.
+    Only the averaging function of ``swa_utils`` is used: its ``AveragedModel`` would change the buffers too.
     """
     get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(learner.parameters()), 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,17 @@ from PIL import Image
 from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 
 CLASSES = ("sky 90 160 220", "grass 60 160 60", "brick 180 70 50")
+
+
+@pytest.fixture(scope="session")
+def processes() -> BaseContext:
+    """Starts processes that have the training program imported: one server imports it and forks all of them.
+
+    The server itself never computes, so that a fork is safe.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
+    return context
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +62,26 @@ def write_folder(root: Path, train: int = 12, val: int = 3, size: int = 40) -> P
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "rectangles")
+
+
+@pytest.fixture
+def small_folder(tmp_path: Path) -> Path:
+    """Three classes, images a (png), b (jpg, palette mask) and c, of 20 x 12 pixels."""
+    root = tmp_path / "mine"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    (root / "classes.txt").write_text("road\ntraffic light 250 170 30\n\nsky\n")
+    (root / "train.txt").write_text("b\na\n")
+    (root / "val.txt").write_text("c\n")
+    generator = np.random.default_rng(0)
+    for item, ending in (("a", "png"), ("b", "jpg"), ("c", "PNG")):
+        Image.fromarray(generator.integers(0, 256, (12, 20, 3), np.uint8)).save(root / "images" / f"{item}.{ending}")
+        mask = Image.fromarray(generator.choice(np.array([0, 1, 2, 255], np.uint8), (12, 20)))
+        if item == "b":
+            mask = mask.convert("P")
+            mask.putpalette([7] * 768)
+        mask.save(root / "masks" / f"{item}.png")
+    return root
 
 
 TINY_MODEL = ModelConfig(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.folder import SegmentationDataset
+from train.data.dataset import SegmentationDataset
 from train.errors import UserError
 
+Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B, H, W] int64
 Sample = tuple[int, int]  # number of the sample in the stream, index of the item in the data set
-ORDER, CROP = 0, 1  # what a random stream is for
+ORDER, CROP = 0, 1  # purpose of a random stream
 
 
+@dataclass(frozen=True)
 class Batches:
     """Endless batches; batch ``i`` depends only on ``(seed, stream, i)``, never on what was read before.
+
+    So a run resumes exactly from one number, with any number of loader processes. torchdata's ``StatefulDataLoader``
+    saves a state for each loader process instead, and resumes with as many of them only.
 
     Every epoch is a fresh permutation of ``indices``; an incomplete last batch is dropped. With fewer indices than
     ``batch_size``, each batch consists of several permutations. Every sample is a random crop; images smaller than the
@@ -29,8 +36,7 @@ class Batches:
     numpy and Python is neither read nor changed.
 
     Args:
-        dataset: where the items come from.
-        indices: which items to use.
+        dataset, indices: the data set, and which of its items to use.
         batch_size: images per batch.
         crop_size: side of the square crop, or ``(height, width)``, in pixels.
         seed: any integer.
@@ -44,49 +50,48 @@ class Batches:
             reading an item raises.
     """
 
-    def __init__(
-        self,
-        dataset: SegmentationDataset,
-        indices: Sequence[int],
-        batch_size: int,
-        crop_size: int | tuple[int, int],
-        seed: int,
-        stream: str,
-        start: int = 0,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
-        if not indices:
-            raise UserError(f"no images for the {stream} batches: use more images or another labelled fraction")
-        if batch_size < 1 or min(self.crop_size) < 1:
-            raise UserError(f"batch size {batch_size} and crop size {crop_size}: expected at least 1 each")
-        if batch_size % world_size:
-            raise UserError(
-                f"{world_size} processes cannot share {stream} batches of {batch_size} images equally: give a multiple "
-                f"of {world_size}, or start another number of processes"
-            )
-        self.rank, self.part = rank, batch_size // world_size
-        self.dataset = dataset
-        self.indices = list(indices)
-        self.batch_size = batch_size
-        self.start = start
-        self.workers = workers
-        self.key = (seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(stream.encode()))
+    dataset: SegmentationDataset
+    indices: Sequence[int]
+    batch_size: int
+    crop_size: int | tuple[int, int]
+    seed: int
+    stream: str
+    start: int = 0
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __post_init__(self) -> None:
+        if not self.indices:
+            raise UserError(f"no images for the {self.stream} batches: use more images or another labelled fraction")
+        if self.batch_size < 1 or min(self._crop) < 1:
+            raise UserError(f"batch size {self.batch_size} and crop size {self.crop_size}: expected at least 1 each")
+        if self.batch_size % self.world_size:
+            raise UserError(
+                f"{self.world_size} processes cannot share {self.stream} batches of {self.batch_size} images equally: "
+                f"give a multiple of {self.world_size}, or start another number of processes"
+            )
+
+    @property
+    def _crop(self) -> tuple[int, int]:
+        return (self.crop_size, self.crop_size) if isinstance(self.crop_size, int) else self.crop_size
+
+    @property
+    def _key(self) -> tuple[int, int]:
+        return self.seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(self.stream.encode())
+
+    def __iter__(self) -> Iterator[Batch]:
         """Yield images uint8 ``[B, 3, h, w]`` and masks int64 ``[B, h, w]`` of batch ``start``, ``start + 1``, ...
 
         With several processes, B is the size of the part.
         """
         loader: DataLoader[Any] = DataLoader(
-            _Crops(self.dataset, self.crop_size, self.key),
-            batch_sampler=_BatchSampler(self),
+            _Crops(self.dataset, self._crop, self._key),
+            batch_sampler=map(self.samples, count(self.start)),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_leave_interrupts,
-            generator=torch.Generator(),  # otherwise the loader draws its base seed from the global generator
+            generator=torch.Generator(),  # by default the loader draws its base seed from the global generator
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -103,24 +108,12 @@ class Batches:
             repeats = -(-size // n)
             order = [index for r in range(repeats) for index in self._permutation(number * repeats + r)][:size]
         samples = [(number * size + position, index) for position, index in enumerate(order)]
-        return samples[self.rank * self.part : (self.rank + 1) * self.part]
+        part = size // self.world_size
+        return samples[self.rank * part : (self.rank + 1) * part]
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = np.random.default_rng([*self.key, ORDER, epoch])
+        generator = np.random.default_rng([*self._key, ORDER, epoch])
         return [self.indices[position] for position in generator.permutation(len(self.indices))]
-
-
-class _BatchSampler:
-    """Endless iteration over the samples of batch ``start``, ``start + 1``, ..."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        number = self.batches.start
-        while True:
-            yield self.batches.samples(number)
-            number += 1
 
 
 class _Crops(Dataset[Any]):
@@ -131,12 +124,12 @@ class _Crops(Dataset[Any]):
         self.crop_size = crop_size
         self.key = key
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, sample: Sample) -> Batch | UserError:
         number, index = sample
         try:
             image, mask = self.dataset[index]
         except UserError as error:
-            return error  # raised by a worker, it would arrive with the worker's traceback in its message
+            return error  # a worker that raised it would add its traceback to the message
         height, width = self.crop_size
         missing = (0, max(0, width - mask.shape[1]), 0, max(0, height - mask.shape[0]))
         image, mask = pad(image, missing), pad(mask, missing, value=self.dataset.ignore_index)
@@ -148,13 +141,12 @@ class _Crops(Dataset[Any]):
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the loader processes too, but the step that it ends still needs them."""
+    """Ignore Ctrl-C in the loader processes: the last step still needs their batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(samples: list[Any]) -> tuple[Tensor, Tensor] | UserError:
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
+def _collate(samples: list[Any]) -> Batch | UserError:
+    if errors := [sample for sample in samples if isinstance(sample, UserError)]:
+        return errors[0]
     images, masks = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(masks)

@@ -5,20 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from train.data.files import IGNORE_INDEX, Palette
-from train.data.labels import id_table, read_ids
-from train.data.pairs import PairDataset, find_folder
-
-CLASSES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-)  # fmt: skip
-
-PALETTE: Palette = (
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
-    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
-)  # fmt: skip
+from train.data.classes import CITYSCAPES, CITYSCAPES_PALETTE, IGNORE_INDEX
+from train.data.dataset import SegmentationDataset, find_folder
+from train.data.files import id_table, read_ids
 
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Value of each class in the files ``*_gtFine_labelIds.png``; the other values up to 33 are not evaluated."""
@@ -29,7 +18,7 @@ TABLE = id_table({value: IGNORE_INDEX for value in range(34)} | {value: i for i,
 IMAGE_ENDING, LABEL_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
-def open_cityscapes(root: Path, split: str, scale: float = 1.0) -> PairDataset:
+def open_cityscapes(root: Path, split: str, scale: float = 1.0) -> SegmentationDataset:
     """Open Cityscapes as unpacked from ``leftImg8bit_trainvaltest.zip`` and ``gtFine_trainvaltest.zip``.
 
     Layout, with or without the outer folders ``leftImg8bit_trainvaltest/`` and ``gtFine_trainvaltest/``::
@@ -45,12 +34,11 @@ def open_cityscapes(root: Path, split: str, scale: float = 1.0) -> PairDataset:
     """
     folders = (f"leftImg8bit_trainvaltest/leftImg8bit/{split}", f"leftImg8bit/{split}")
     images = find_folder(Path(root), *folders)
-    labels = find_folder(Path(root), *(place.replace("leftImg8bit", "gtFine") for place in folders))
+    labels = find_folder(Path(root), *(folder.replace("leftImg8bit", "gtFine") for folder in folders))
     pairs = {}
     for image in images.glob(f"*/*{IMAGE_ENDING}"):
         item = image.name.removesuffix(IMAGE_ENDING)
         pairs[item] = image, labels / image.parent.name / f"{item}{LABEL_ENDING}"
     read_label = partial(read_ids, table=TABLE, expected="label ids of 0 to 33")
-    return PairDataset(
-        "cityscapes", CLASSES, PALETTE, pairs, read_label, images, scale=scale, scale_labels=split == "train"
-    )
+    classes = CITYSCAPES, CITYSCAPES_PALETTE
+    return SegmentationDataset("cityscapes", *classes, pairs, read_label, images, scale, scale_labels=split == "train")

@@ -1,7 +1,8 @@
-"""Reading single images, masks and class lists, with one clear error for each way they can be wrong."""
+"""Reading single images, masks and label pictures, with one clear error for each way they can be wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train.errors import UserError
+from train.data.classes import IGNORE_INDEX, Palette
+from train.errors import UserError, reason
 
-IGNORE_INDEX = 255
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel; others would be clipped
 MASK_MODES = ("1", "L", "P")
 
-Palette = tuple[tuple[int, int, int], ...]
+FOREIGN = -1
+"""Entry of a look-up table for a value that the data set never writes."""
 
 
 def read_image(path: Path) -> Tensor:
@@ -26,67 +28,79 @@ def read_image(path: Path) -> Tensor:
 
 def read_mask(path: Path, num_classes: int) -> Tensor:
     """Read a mask of class ids (grey values or palette indices; 255 is ignored), uint8 ``[H, W]``."""
-    picture = _decode(path, "mask", MASK_MODES, "8-bit class ids, one channel (grey or palette PNG)")
-    mask = torch.from_numpy(np.array(picture).astype(np.uint8))
-    values = torch.bincount(mask.flatten().int(), minlength=256).nonzero().flatten().tolist()
-    outside = [value for value in values if num_classes <= value != IGNORE_INDEX]
+    mask = _read_values(path)
+    outside = [value for value in np.unique(mask).tolist() if num_classes <= value != IGNORE_INDEX]
     if outside:
-        shown = ", ".join(map(str, outside[:8])) + (", ..." if len(outside) > 8 else "")
         raise UserError(
-            f"mask {path} has values outside the classes: {shown}; allowed are 0 to {num_classes - 1} "
+            f"mask {path} has values outside the classes: {_some(outside)}; allowed are 0 to {num_classes - 1} "
             f"({num_classes} classes in classes.txt) and {IGNORE_INDEX} (ignore): correct the mask or classes.txt"
         )
-    return mask
+    return torch.from_numpy(mask)
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """The stripped, non-empty lines of a text file."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: expected a text file with {what}, one a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): expected a UTF-8 text file with {what}, one a line") from None
-    lines = [line for line in lines if line]
-    if not lines:
-        raise UserError(f"{path} is empty: expected {what}, one a line")
-    return lines
+def id_table(ids: Mapping[int, int]) -> np.ndarray:
+    """Look-up table int16 ``[256]``: class id of every value on disk, `FOREIGN` for values that ``ids`` lacks."""
+    table = np.full(256, FOREIGN, np.int16)
+    table[list(ids)] = list(ids.values())
+    return table
 
 
-def read_classes(path: Path) -> tuple[tuple[str, ...], Palette]:
-    """Read ``classes.txt``: one class a line, ``name`` or ``name r g b``; line number = class id.
+def read_ids(path: Path, table: np.ndarray, expected: str) -> Tensor:
+    """Read a one-channel label and map its values to class ids, uint8 ``[H, W]``.
 
-    Classes without a colour get that of the PASCAL VOC colour map.
+    Args:
+        path: 8-bit grey or palette PNG.
+        table: class id of each value, from `id_table`.
+        expected: the values of this data set in words, for the error.
+
+    Raises:
+        UserError: unreadable file, or a value that the table calls foreign.
     """
-    names: list[str] = []
-    palette: list[tuple[int, int, int]] = []
-    for line in read_lines(path, "the class names"):
-        words = line.split()
-        colour = default_colour(len(names))
-        if len(words) >= 4 and all(word.isdecimal() for word in words[-3:]):
-            red, green, blue = (int(word) for word in words[-3:])
-            if max(red, green, blue) > 255:
-                raise UserError(f"{path}: colour of '{line}' is out of range: expected r g b of 0 to 255 each")
-            words, colour = words[:-3], (red, green, blue)
-        names.append(" ".join(words))
-        palette.append(colour)
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path}: class '{repeated[0]}' occurs twice: every class needs a name of its own")
-    if not 2 <= len(names) <= IGNORE_INDEX:
-        raise UserError(f"{path} has {len(names)} classes: expected 2 to {IGNORE_INDEX} (id {IGNORE_INDEX} is ignore)")
-    return tuple(names), tuple(palette)
+    values = _read_values(path)
+    ids = table[values]
+    if ids.min() == FOREIGN:
+        foreign = _some(np.unique(values[ids == FOREIGN]).tolist())
+        raise UserError(f"label {path} has the values {foreign}: expected {expected}; is it another kind of label?")
+    return torch.from_numpy(ids.astype(np.uint8))
 
 
-def default_colour(class_id: int) -> tuple[int, int, int]:
-    """Entry ``class_id + 1`` of the PASCAL VOC colour map (entry 0 is black, the colour of ignored pixels)."""
-    bits = class_id + 1
-    channels = [0, 0, 0]
-    for shift in range(7, -1, -1):  # every third bit of the id belongs to one channel, lowest id bit first
-        for channel in range(3):
-            channels[channel] |= (bits >> channel & 1) << shift
-        bits >>= 3
-    return channels[0], channels[1], channels[2]
+def read_colours(path: Path, palette: Palette) -> Tensor:
+    """Read a label of class colours, uint8 ``[H, W]``: index of each pixel's colour in ``palette``, else 255.
+
+    Args:
+        path: palette or RGB PNG; the file's own palette may be in any order.
+        palette: RGB colour of each class.
+
+    Raises:
+        UserError: unreadable file, or a picture without colours.
+    """
+    picture = _decode(path, "label", ("P", "RGB"), "class colours (palette or RGB PNG)")
+    if picture.mode == "RGB":
+        return torch.from_numpy(_ids_of_colours(np.array(picture), palette))
+    colours = np.zeros((256, 3), np.uint8)
+    own = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    colours[: len(own)] = own
+    return torch.from_numpy(_ids_of_colours(colours, palette)[np.array(picture)])
+
+
+def _ids_of_colours(colours: np.ndarray, palette: Palette) -> np.ndarray:
+    """Class ids uint8 ``[...]`` of ``colours`` uint8 ``[..., 3]``."""
+    digits = np.array([1 << 16, 1 << 8, 1])
+    known = np.array(palette) @ digits
+    order = known.argsort()
+    codes = colours @ digits
+    position = np.searchsorted(known, codes, sorter=order).clip(max=len(known) - 1)
+    ids = order[position]
+    return np.where(known[ids] == codes, ids, IGNORE_INDEX).astype(np.uint8)
+
+
+def _read_values(path: Path) -> np.ndarray:
+    """Values of a one-channel picture, uint8 ``[H, W]``."""
+    return np.array(_decode(path, "mask", MASK_MODES, "8-bit ids, one channel (grey or palette PNG)")).astype(np.uint8)
+
+
+def _some(values: list[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 
 def _decode(path: Path, what: str, modes: tuple[str, ...], expected: str) -> Image.Image:
@@ -95,8 +109,8 @@ def _decode(path: Path, what: str, modes: tuple[str, ...], expected: str) -> Ima
         with Image.open(path) as picture:
             picture.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {what} {path} ({reason}): truncated or not an image? replace the file") from None
+        advice = "truncated or not an image? replace the file"
+        raise UserError(f"cannot read {what} {path} ({reason(error)}): {advice}") from None
     if picture.mode not in modes:
         raise UserError(f"{what} {path} has pixel format '{picture.mode}': expected {expected}; convert it")
     return picture

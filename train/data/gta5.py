@@ -7,17 +7,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from train.data.cityscapes import CLASSES, PALETTE
-from train.data.files import read_lines
-from train.data.labels import read_colours
-from train.data.pairs import PairDataset, Pairs, find_folder, pictures
+from train.data.classes import CITYSCAPES, CITYSCAPES_PALETTE, read_lines
+from train.data.dataset import Pairs, SegmentationDataset, find_folder, pictures
+from train.data.files import read_colours
 from train.errors import UserError
 
 PNG_END = b"IEND\xaeB`\x82"
 """The last bytes of every complete PNG."""
 
 
-def open_gta5(root: Path, split: str = "train", scale: float = 1.0, skip_unreadable: bool = False) -> PairDataset:
+def open_gta5(root: Path, split: str = "train", scale: float = 1.0) -> SegmentationDataset:
     """Open GTA5 as unpacked from its archives; colours become class ids in memory, files stay as they are.
 
     Layout::
@@ -33,8 +32,7 @@ def open_gta5(root: Path, split: str = "train", scale: float = 1.0, skip_unreada
     Args:
         root: the folder.
         split: ``"train"`` or ``"val"``.
-        scale: as in `PairDataset`; the paper halves the images.
-        skip_unreadable: leave unreadable pairs out, as the released code of Alonso et al. does, instead of failing.
+        scale: as in `SegmentationDataset`; the paper halves the images.
 
     Raises:
         UserError: a missing folder or file, an official split that is not a list yet, unreadable files.
@@ -55,16 +53,14 @@ def open_gta5(root: Path, split: str = "train", scale: float = 1.0, skip_unreada
         items = [path.stem for path in pictures(images)]
     pairs: Pairs = {item: (images / f"{item}.png", labels / f"{item}.png") for item in items}
     problems = {item: problem for item, pair in pairs.items() if (problem := _problem(*pair))}
-    if problems and not skip_unreadable:
+    if problems:
         shown = ", ".join(f"{item} ({problem})" for item, problem in sorted(problems.items())[:20])
         more = ", ..." if len(problems) > 20 else ""
         raise UserError(
-            f"{len(problems)} of {len(pairs)} pairs in {root} are unreadable: {shown}{more}; replace these files or "
-            "open with skip_unreadable"
+            f"{len(problems)} of {len(pairs)} pairs in {root} are unreadable: {shown}{more}; replace or remove them"
         )
-    pairs = {item: pair for item, pair in pairs.items() if item not in problems}
-    read_label = partial(read_colours, palette=PALETTE)
-    return PairDataset("gta5", CLASSES, PALETTE, pairs, read_label, source, scale, scale_labels=split == "train")
+    classes, read_label = (CITYSCAPES, CITYSCAPES_PALETTE), partial(read_colours, palette=CITYSCAPES_PALETTE)
+    return SegmentationDataset("gta5", *classes, pairs, read_label, source, scale, scale_labels=split == "train")
 
 
 def _problem(image: Path, label: Path) -> str | None:

@@ -5,26 +5,18 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from train.data.files import IGNORE_INDEX, Palette, default_colour, read_lines
-from train.data.labels import id_table, read_ids
-from train.data.pairs import PairDataset, find_file, find_folder
+from train.data.classes import IGNORE_INDEX, VOC, VOC_PALETTE, read_lines
+from train.data.dataset import SegmentationDataset, find_folder
+from train.data.files import id_table, read_ids
 from train.errors import UserError
 
-CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-
-PALETTE: Palette = tuple(default_colour(i - 1) for i in range(len(CLASSES)))
-"""The VOC colour map from its entry 0 on, which here is a class: black background."""
-
-TABLE = id_table({i: i for i in range(len(CLASSES))} | {IGNORE_INDEX: IGNORE_INDEX})
+TABLE = id_table({i: i for i in range(len(VOC))} | {IGNORE_INDEX: IGNORE_INDEX})
 
 LISTS = {"train": ("train_aug.txt", "trainaug.txt"), "val": ("val.txt",)}
-LIST_FOLDERS = ("", "ImageSets/Segmentation/", "../")
+LIST_FOLDERS = (".", "ImageSets/Segmentation", "..")
 
 
-def open_voc(root: Path, split: str, scale: float = 1.0) -> PairDataset:
+def open_voc(root: Path, split: str, scale: float = 1.0) -> SegmentationDataset:
     """Open VOC 2012 with ``train_aug`` (10582 images) or ``val`` (1449 images).
 
     Layout, ``root`` being the folder ``VOC2012`` itself or one that has it (or ``VOCdevkit/VOC2012``) in it::
@@ -40,7 +32,8 @@ def open_voc(root: Path, split: str, scale: float = 1.0) -> PairDataset:
     """
     base = find_folder(Path(root), "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages", "JPEGImages").parent
     labels = find_folder(base, "SegmentationClassAug")
-    listing = find_file(base, *(folder + name for folder in LIST_FOLDERS for name in LISTS[split]))
+    listings = [base / folder / name for folder in LIST_FOLDERS for name in LISTS[split]]
+    listing = next((path for path in listings if path.is_file()), None)
     if listing is None:
         raise UserError(f"data folder {base} lacks {LISTS[split][0]}: expected the ids of the images, one a line")
     pairs: dict[str, tuple[Path, Path]] = {}
@@ -50,4 +43,4 @@ def open_voc(root: Path, split: str, scale: float = 1.0) -> PairDataset:
             raise UserError(f"{listing} lists '{item}' twice: list every id once")
         pairs[item] = base / "JPEGImages" / f"{item}.jpg", labels / f"{item}.png"
     read_label = partial(read_ids, table=TABLE, expected=f"class ids of 0 to 20 and {IGNORE_INDEX}")
-    return PairDataset("voc", CLASSES, PALETTE, pairs, read_label, listing, scale, scale_labels=split == "train")
+    return SegmentationDataset("voc", VOC, VOC_PALETTE, pairs, read_label, listing, scale, split == "train")

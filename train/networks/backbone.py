@@ -8,10 +8,17 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 
-class Backbone(ResNet):
-    """ResNet of bottleneck blocks that gives its first and its last map.
+def freeze_norms(module: nn.Module) -> None:
+    """Freeze scale and shift of every BatchNorm; its running statistics are still updated."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.requires_grad_(False)
 
-    BatchNorm keeps scale 1 and shift 0, or those that are loaded, and normalises by the batch in training.
+
+class Backbone(ResNet):
+    """ResNet of bottleneck blocks that returns its first and its last map.
+
+    Scale and shift of BatchNorm are frozen at 1 and 0, or at loaded values; it normalises by the batch in training.
 
     Args:
         blocks: number of blocks in each of the four stages.
@@ -25,14 +32,12 @@ class Backbone(ResNet):
         super().__init__(Bottleneck, list(blocks), replace_stride_with_dilation=dilated)
         del self.avgpool, self.fc
         for stage, dilation in zip((self.layer2, self.layer3, self.layer4), dilations, strict=True):
-            for block in stage:  # the first one too, to which torchvision gives the dilation of the stage before
+            for block in stage:  # torchvision gives the first one the dilation of the stage before
                 block.conv2.dilation = block.conv2.padding = (dilation, dilation)
                 if caffe:
                     block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
         self.maxpool.ceil_mode = caffe
-        for layer in self.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.requires_grad_(False)
+        freeze_norms(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Map ``x`` [B, 3, H, W], normalised.

@@ -1,8 +1,9 @@
-"""What the networks of the paper share: a backbone, normalised images, and random weights to start from."""
+"""The interface of all networks, and what those of the paper share: backbone, mean colour, initial weights."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
@@ -18,20 +19,35 @@ MEANS: dict[str, Colour] = {
 """Mean colours that the paper's experiments subtract."""
 
 
-class DeepLab(nn.Module):
-    """Base of the paper's networks; a subclass adds the head and calls :meth:`initialise`.
+def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Bilinear resize of ``x`` [B, C, h, w] to ``size``, corners aligned, as the paper does everywhere."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
-    Args:
-        backbone: the ResNet.
-        mean: mean colour of the data set, RGB, 0..255.
-        bgr: whether the pretrained weights want the channels in the order blue, green, red.
-        imagenet_weights: where torchvision has weights for this backbone; None where it has none.
+
+class Network(nn.Module):
+    """A segmentation network: ``forward`` maps normalised images to logits and to the contrastive feature.
 
     Attributes:
         feature_channels: channels of the contrastive feature.
     """
 
     feature_channels: int
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Map ``images`` [B, 3, H, W], float in 0..1, RGB, to the range that the network takes."""
+        raise NotImplementedError
+
+
+class DeepLab(Network):
+    """Base of the paper's networks; a subclass adds the head and calls :meth:`initialise`.
+
+    Args:
+        backbone: the ResNet.
+        mean: mean colour of the data set, RGB, 0..255.
+        bgr: whether the pretrained weights need the channels in the order blue, green, red.
+        imagenet_weights: torchvision's weights for this backbone, if there are any.
+    """
+
     mean: Tensor
 
     def __init__(
@@ -44,13 +60,13 @@ class DeepLab(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) / 255, persistent=False)
 
     def initialise(self) -> None:
-        """Draw the weights of all convolutions from N(0, 0.01), as the paper's code does before it loads any."""
+        """Draw the weights of all convolutions from N(0, 0.01), as the paper's code does before it loads weights."""
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.01)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Subtract the mean colour from ``images`` [B, 3, H, W], float in 0..1, RGB; BGR if the network wants it.
+        """Subtract the mean colour from ``images`` [B, 3, H, W], float in 0..1, RGB; BGR if the network needs it.
 
         There is no division by a standard deviation: batch statistics absorb the scale.
         """

@@ -30,7 +30,7 @@ class AtrousClassifier(nn.Module):
             raise UserError(f"branches is {branches}: DeepLabV2 has 1 to {len(DILATIONS)} classifiers to sum")
         self.branches = branches
         self.convs = nn.ModuleList(nn.Conv2d(in_channels, num_classes, 3, padding=d, dilation=d) for d in DILATIONS)
-        for conv in self.convs[branches:]:  # part of every checkpoint, but DDP wants no trainable tensor without use
+        for conv in self.convs[branches:]:  # checkpoints contain them, but they get no gradient
             conv.requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 from train.networks.backbone import Backbone
-from train.networks.base import Colour, DeepLab
+from train.networks.base import Colour, DeepLab, resize
 
 
 class DeepLabV3Plus(DeepLab):
@@ -38,6 +37,5 @@ class DeepLabV3Plus(DeepLab):
         In training B must be 2 or more: the image pooling gives BatchNorm one value of each image.
         """
         early, deep = self.backbone(x)
-        context = F.interpolate(self.aspp(deep), early.shape[-2:], mode="bilinear", align_corners=True)
-        features = self.decoder(torch.cat([context, self.skip(early)], dim=1))
+        features = self.decoder(torch.cat([resize(self.aspp(deep), early.shape[-2:]), self.skip(early)], dim=1))
         return self.classifier(self.dropout(features)), features

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.errors import UserError
+from train.errors import UserError, reason
 from train.networks.base import DeepLab
 
 BACKBONE = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
@@ -33,12 +33,12 @@ HEAD = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What came of loading weights; tensors by our names, without BatchNorm's counters of batches."""
+    """Which tensors were loaded, by our names, without BatchNorm's counters of batches."""
 
     source: str
-    """Where the weights are from."""
+    """``imagenet`` or a path."""
     loaded: list[str]
-    """Tensors of the network that now have the given values."""
+    """Tensors of the network that were replaced."""
     missing: list[str]
     """Tensors of the network that were not given; they keep their values."""
     unknown: list[str]
@@ -49,24 +49,16 @@ class LoadReport:
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
         parts = [f"{self.source}: {len(self.loaded)} of {total} tensors loaded"]
-        for what, names in self._rest().items():
-            parts.append(f"{len(names)} {what} ({_some(names)})")
-        return "; ".join(parts)
-
-    def details(self) -> str:
-        """Every tensor that was not loaded, one a line, below the line of ``str(report)``."""
-        return "\n".join([str(self)] + [f"  {what}: {name}" for what, names in self._rest().items() for name in names])
-
-    def _rest(self) -> dict[str, list[str]]:
         rest = {"not given": self.missing, "not in the network": self.unknown, "of another size": self.mismatched}
-        return {what: names for what, names in rest.items() if names}
+        parts += [f"{len(names)} {what} ({_some(names)})" for what, names in rest.items() if names]
+        return "; ".join(parts)
 
 
 def load_weights(network: DeepLab, source: str | Path) -> LoadReport:
     """Copy weights into ``network`` where name and size agree.
 
     Args:
-        network: changed in place. Its backbone must be given as a whole, its head need not.
+        network: changed in place. All tensors of its backbone must be given; those of its head may be missing.
         source: ``imagenet``, which torchvision downloads once; or the path of a file: torchvision's ResNet, the COCO
             weights for DeepLabV2, a checkpoint of the paper's released code, or the ``state_dict`` of such a network.
 
@@ -113,7 +105,7 @@ def download_imagenet(network: DeepLab) -> dict[str, Tensor]:
         return weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, no space, a damaged file: torch's hub raises many kinds
         raise UserError(
-            f"ImageNet weights {weights.url} cannot be downloaded ({_reason(error)}): "
+            f"ImageNet weights {weights.url} cannot be downloaded ({reason(error)}): "
             f"fetch that file where there is a network, and give its path: --weights PATH"
         ) from error
 
@@ -130,7 +122,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated and foreign files make torch raise many kinds
         raise UserError(
-            f"weights {path} are truncated or not a file of PyTorch tensors ({_reason(error)}): fetch them again"
+            f"weights {path} are truncated or not a file of PyTorch tensors ({reason(error)}): fetch them again"
         ) from error
     if isinstance(content, dict):
         content = content.get("model", content)  # a checkpoint holds more than the weights
@@ -152,13 +144,9 @@ def our_name(name: str) -> str:
 
 
 def _is_counter(name: str) -> bool:
-    """Whether ``name`` is of a counter of BatchNorm: older files have none, and nothing here reads them."""
+    """Whether ``name`` is a batch counter of BatchNorm: older files have none, and our layers do not read it."""
     return name.endswith("num_batches_tracked")
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,5 +1,1 @@
-"""What the paper printed (Alonso et al., ICCV 2021), to compare with what we measure."""
-
-from train.paper.targets import Target, targets
-
-__all__ = ["Target", "targets"]
+"""The paper (Alonso et al., ICCV 2021): its rows, their settings and numbers, its figures."""

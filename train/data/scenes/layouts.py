@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from train.data import cityscapes, voc
+from train.data.classes import CITYSCAPES_PALETTE
 from train.data.scenes.canvas import IGNORED, Size
 from train.data.scenes.objects import draw_objects
 from train.data.scenes.street import draw_street
@@ -86,8 +87,8 @@ def _save_voc(root: Path, split: str, index: int, image: np.ndarray, label: np.n
 
 def _save_gta5(root: Path, split: str, index: int, image: np.ndarray, label: np.ndarray) -> str:
     name = f"{index + (1 if split == 'train' else 12404):05d}"
-    picture = Image.fromarray(np.where(label == IGNORED, len(cityscapes.PALETTE), label).astype(np.uint8)).convert("P")
-    picture.putpalette([value for colour in (*cityscapes.PALETTE, (0, 0, 0)) for value in colour])
+    picture = Image.fromarray(np.where(label == IGNORED, len(CITYSCAPES_PALETTE), label).astype(np.uint8)).convert("P")
+    picture.putpalette([value for colour in (*CITYSCAPES_PALETTE, (0, 0, 0)) for value in colour])
     _save(root / "images" / f"{name}.png", image)
     (root / "labels").mkdir(exist_ok=True)
     picture.save(root / "labels" / f"{name}.png")

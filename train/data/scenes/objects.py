@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from train.data.classes import VOC as CLASSES
 from train.data.scenes.canvas import (
     IGNORED,
     Canvas,
@@ -16,7 +17,6 @@ from train.data.scenes.canvas import (
     textured,
 )
 from train.data.scenes.shapes import draw
-from train.data.voc import CLASSES
 
 PLACES = {
     "sky": ("aeroplane", "bird"),

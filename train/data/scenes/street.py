@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.data.cityscapes import CLASSES
+from train.data.classes import CITYSCAPES as CLASSES
 from train.data.scenes.canvas import (
     IGNORED,
     Canvas,

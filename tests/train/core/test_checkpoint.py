@@ -1,0 +1,163 @@
+"""Checkpoints: exact resume after SIGKILL and SIGINT, atomic writing, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_helpers import assert_same_state, in_folder
+
+from train.checkpoint import read_checkpoint, save_checkpoint
+from train.config import FitConfig
+from train.config_file import from_plain, to_plain
+from train.errors import Interrupted, UserError
+from train.logs import read_metrics
+from train.loop import fit
+from train.session import open_session
+from train.step import training_step
+
+
+def train_in_process(config: FitConfig) -> None:
+    """Train; after an interrupt, leave its message beside the run and exit with status 130."""
+    torch.set_num_threads(1)
+    try:
+        fit(config)
+    except Interrupted as stop:
+        config.run.out.with_suffix(".txt").write_text(str(stop))
+        sys.exit(130)
+
+
+def wait_for_step(config: FitConfig, step: int, process: BaseProcess) -> None:
+    """Until the run has logged ``step``."""
+    deadline = time.monotonic() + 60
+    while all(record["step"] < step for record in read_metrics(config.run.out)):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def long(tiny: FitConfig) -> FitConfig:
+    """Long enough to be interrupted; contrast, memory and class weights are all at work by then."""
+    return replace(tiny, optim=replace(tiny.optim, steps=14), run=replace(tiny.run, evaluate_every=7))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
+    long: FitConfig, tmp_path: Path, sent: signal.Signals, processes: BaseContext
+):
+    whole, broken = in_folder(long, tmp_path / "whole"), in_folder(long, tmp_path / "broken")
+    process = processes.Process(target=train_in_process, args=(broken,))
+    process.start()
+    wait_for_step(broken, 8, process)
+    assert process.pid is not None
+    os.kill(process.pid, sent)
+    process.join(60)
+    steps = read_checkpoint(broken.run.out / "last.pt")["training"]["step"]
+    if sent == signal.SIGKILL:
+        assert process.exitcode == -signal.SIGKILL and 6 <= steps < 14
+    else:
+        assert process.exitcode == 130
+        message = (tmp_path / "broken.txt").read_text()
+        assert f"interrupted after step {steps} of 14" in message and "run the same command again" in message
+
+    fit(broken)
+    fit(whole)
+    assert_same_state(whole.run.out / "last.pt", broken.run.out / "last.pt")
+    lines = [read_metrics(config.run.out) for config in (whole, broken)]
+    for records in lines:
+        for record in records:
+            del record["time/step_seconds"]
+    assert lines[0] == lines[1] and [record["step"] for record in lines[0]] == list(range(1, 15))
+
+
+def test_finished_run_is_only_evaluated(tiny: FitConfig):
+    scores = fit(tiny)
+    written = (tiny.run.out / "last.pt").stat().st_mtime_ns
+    assert fit(tiny) == scores and (tiny.run.out / "last.pt").stat().st_mtime_ns == written
+
+
+def test_evaluation_logging_and_checkpoints_do_not_change_the_training(tiny: FitConfig, tmp_path: Path):
+    first = in_folder(tiny, tmp_path / "often", evaluate_every=1, checkpoint_every=1)
+    second = in_folder(tiny, tmp_path / "rarely", evaluate_every=99, checkpoint_every=99, log_every=99)
+    fit(first)
+    fit(second)
+    assert_same_state(first.run.out / "last.pt", second.run.out / "last.pt")
+
+
+def test_loader_processes_do_not_change_the_training(tiny: FitConfig, tmp_path: Path):
+    first = in_folder(tiny, tmp_path / "here")
+    second = replace(in_folder(tiny, tmp_path / "workers"), data=replace(tiny.data, workers=2))
+    fit(first)
+    fit(second)
+    assert_same_state(first.run.out / "last.pt", second.run.out / "last.pt")
+
+
+def test_failed_write_leaves_the_old_checkpoint(tiny: FitConfig, monkeypatch: pytest.MonkeyPatch):
+    session = open_session(tiny)
+    session.checkpoint.parent.mkdir()
+    save_checkpoint(session.checkpoint, session.training, session.data)
+    training_step(session.training, *next(session.batches()))
+
+    def full_disk(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"last\.pt cannot be written \(No space left"):
+        save_checkpoint(session.checkpoint, session.training, session.data)
+    assert read_checkpoint(session.checkpoint)["training"]["step"] == 0
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "weights", "version"])
+def test_unusable_checkpoint_is_refused_and_kept(tiny: FitConfig, kind: str):
+    path = tiny.run.out / "last.pt"
+    fit(tiny)
+    whole = path.read_bytes()
+    if kind == "weights":
+        torch.save({"weight": torch.zeros(2)}, path)
+    elif kind == "version":
+        torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
+    else:
+        path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint"}[kind])
+    before = path.read_bytes()
+    with pytest.raises(UserError) as error:
+        fit(tiny)
+    message = str(error.value)
+    assert str(path) in message and "move it away, or choose another --out" in message and "\n" not in message
+    assert path.read_bytes() == before
+
+
+def test_other_configuration_is_refused_naming_the_fields(tiny: FitConfig):
+    fit(tiny)
+    other = replace(tiny, optim=replace(tiny.optim, steps=9, lr=0.1), run=replace(tiny.run, log_every=2))
+    with pytest.raises(UserError, match=r"\(optim\.lr 0\.05 -> 0\.1; optim\.steps 8 -> 9\)"):
+        fit(other)
+
+
+def test_other_data_is_refused(tiny: FitConfig, tmp_path: Path):
+    from shutil import copytree
+
+    fit(tiny)
+    assert tiny.data.root is not None
+    moved = Path(copytree(tiny.data.root, tmp_path / "moved"))
+    fit(replace(tiny, data=replace(tiny.data, root=moved)))  # the same data elsewhere is fine
+    names = (moved / "train.txt").read_text().split()
+    (moved / "train.txt").write_text("\n".join(names[:-1]))
+    with pytest.raises(UserError, match="images of the data set changed"):
+        fit(replace(tiny, data=replace(tiny.data, root=moved)))
+
+
+def test_configuration_survives_the_checkpoint(tiny: FitConfig):
+    assert from_plain(json.loads(json.dumps(to_plain(tiny)))) == tiny
+    with pytest.raises(UserError, match="another version"):
+        from_plain(to_plain(tiny) | {"optim": {"unknown": 1}})

@@ -1,0 +1,100 @@
+"""The demo on a tiny data set: its runs, its report, its pictures, going on after an interrupt."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.config import FitConfig
+from train.config_file import differing_fields, to_plain
+from train.data.folder import open_folder
+from train.errors import UserError
+from train.session import open_session
+from train.studies import demo
+from train.studies.cost import contrast_cost
+from train.studies.curves import smooth
+from train.studies.demo import DemoConfig, demo_configs, run_demo
+from train.studies.report import varied_tiles
+
+
+@pytest.fixture
+def tiny_demo(tiny: FitConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
+    """The demo's runs and methods, but with the tiny network on the rectangles."""
+    real = demo_configs
+
+    def small(settings: DemoConfig) -> dict[str, FitConfig]:
+        return {
+            key: replace(
+                tiny,
+                data=replace(tiny.data, labelled=1.0 if key == "all_labels" else 6),
+                method=replace(tiny.method, method=config.method.method),
+                run=replace(tiny.run, out=config.run.out),
+            )
+            for key, config in real(settings).items()
+        }
+
+    monkeypatch.setattr(demo, "demo_configs", small)
+    return DemoConfig(out=tmp_path / "demo", device="cpu")
+
+
+def test_report_has_all_runs_numbers_and_pictures(tiny_demo: DemoConfig, capsys: pytest.CaptureFixture[str]):
+    text = run_demo(replace(tiny_demo, budget=0.0)).read_text()  # the reference does not fit the budget
+    assert "all labels |" not in text and "left out" in capsys.readouterr().out
+    assert not (tiny_demo.out / "all_labels").exists()
+
+    written = {path: path.stat().st_mtime_ns for path in tiny_demo.out.rglob("last.pt")}
+    assert len(written) == 3
+    report = run_demo(tiny_demo)  # trains the reference; finished runs are not trained again
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert len(list(tiny_demo.out.rglob("last.pt"))) == 4
+
+    text = report.read_text()
+    assert "| IoU, % | (a) labels only | (b) + pseudo-labels | (c) + contrast | all labels |" in text
+    for name in ("sky", "grass", "brick", r"\*\*mean\*\*"):
+        assert re.search(rf"\| {name} \|( \**[\d.]+\** \|){{4}}", text), name
+    for picture in re.findall(r"\]\((\S+\.png)\)", text):
+        pixels = np.asarray(Image.open(report.parent / picture).convert("RGB"))
+        assert pixels.shape[0] > 200 and pixels.std() > 10, picture
+    assert len(re.findall(r"\]\(\S+\.png\)", text)) == 3
+    assert re.search(r"\*\*\d+ %\*\*", text) and "one seed (0)" in text and "nan" not in text.lower()
+
+
+def test_runs_differ_in_the_method_only(tmp_path: Path):
+    configs = {key: to_plain(config) for key, config in demo_configs(DemoConfig(out=tmp_path)).items()}
+    assert differing_fields(configs["supervised"], configs["pseudo"]) == ["method.method supervised -> pseudo"]
+    assert differing_fields(configs["pseudo"], configs["contrast"]) == ["method.method pseudo -> contrast"]
+    reference = differing_fields(configs["supervised"], configs["all_labels"])
+    assert len(reference) == 1 and reference[0].startswith("data.labelled")
+
+
+def test_too_few_steps():
+    with pytest.raises(UserError, match="--steps is 5"):
+        demo_configs(DemoConfig(steps=5))
+
+
+def test_cost_is_measured(tiny: FitConfig):
+    session = open_session(tiny)
+    session.training.step = tiny.method.contrast_start + 1
+    cost = contrast_cost(session, rounds=2)
+    assert 0 < cost.contrast < cost.step and 0 < cost.teacher < cost.step
+
+
+def test_smoothing_looks_back_only():
+    assert smooth([2.0, 4.0, 6.0, 8.0], window=2) == [2.0, 3.0, 5.0, 7.0]
+
+
+def test_shown_tiles_are_those_with_the_most_varied_labels(folder: Path):
+    data = open_folder(folder, "train")
+
+    def entropy(index: int) -> float:
+        shares = np.bincount(data[index][1].flatten().numpy(), minlength=256)[:3] / data[index][1].numel()
+        return -sum(share * np.log(share) for share in shares if share > 0)
+
+    chosen = varied_tiles(data, 4)
+    rest = [entropy(index) for index in range(len(data)) if index not in chosen]
+    assert len(set(chosen)) == 4 and min(entropy(index) for index in chosen) >= max(rest)

@@ -1,0 +1,61 @@
+"""Functions that several tests of the training program share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train.checkpoint import read_checkpoint
+from train.config import FitConfig
+from train.data.dataset import SegmentationDataset
+from train.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+"""Folder of the repository."""
+
+TINY_OPTIONS = [
+    *("--encoder", "test_efficientnet", "--no-pretrained", "--encoder-maps", "1", "3", "--aspp-channels", "8"),
+    *("--decoder-channels", "8", "--contrast-dim", "8", "--device", "cpu"),
+]
+"""Options of `fit` for a network that trains a step within milliseconds."""
+
+
+def error_of(action: Callable[[], object]) -> str:
+    """The message of the `UserError` that ``action`` raises, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def pixel_counts(dataset: SegmentationDataset) -> torch.Tensor:
+    """Read every item; labelled pixels of each class, int64 ``[C]``."""
+    counts = sum(torch.bincount(dataset[index][1].flatten(), minlength=256) for index in range(len(dataset)))
+    return counts[: len(dataset.classes)]
+
+
+def in_folder(config: FitConfig, out: Path, **changes: Any) -> FitConfig:
+    return replace(config, run=replace(config.run, out=out, **changes))
+
+
+def flat(state: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as one dictionary."""
+    if isinstance(state, dict | list):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for name, part in items for k, v in flat(part, f"{prefix}/{name}").items()}
+    return {prefix: state}
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Every tensor of two checkpoints is equal bit by bit, and so is everything else."""
+    a, b = (flat(read_checkpoint(path)["training"]) for path in (first, second))
+    assert a.keys() == b.keys() and sum(isinstance(value, torch.Tensor) for value in a.values()) > 300
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
+        assert same, name

@@ -1,0 +1,94 @@
+"""The demo: the same short training with and without pseudo-labels and contrast, on the built-in land cover."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from train.config import DataConfig, FitConfig, MethodConfig
+from train.loop import fit
+from train.scores import percent
+from train.session import open_session
+from train.studies.recipe import short_recipe
+from train.studies.report import RunResult, write_report
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train on a few labelled tiles with labels only, with pseudo-labels, and with the contrast; write a report."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the report and the runs. An interrupted demo is continued."""
+    steps: int = 300
+    """Steps of each run."""
+    labelled: int | float = 0.05
+    """Training tiles with labels: a count or a fraction."""
+    seed: int = 0
+    """Seed of the choice of labelled tiles, the batches, the augmentation and the initial weights."""
+    budget: float = 450.0
+    """Seconds; the reference with all labels is left out if it would end later than this."""
+    pretrained: bool = True
+    """Start from ImageNet weights."""
+    device: str = "auto"
+    """auto takes CUDA, then Apple's MPS, then the CPU; or a torch device such as cuda:1."""
+
+
+TITLES = {
+    "supervised": "(a) labels only",
+    "pseudo": "(b) + pseudo-labels",
+    "contrast": "(c) + contrast",
+    "all_labels": "all labels",
+}
+
+
+def demo_configs(demo: DemoConfig) -> dict[str, FitConfig]:
+    """Configurations of the runs by key. They differ in the method, and the reference in the share of labels."""
+    base = short_recipe(demo.steps, demo.seed, demo.device, demo.pretrained)
+    base = replace(
+        base,
+        data=replace(base.data, labelled=demo.labelled),
+        # snow, a thousandth of the pixels, would weigh as much as all other classes
+        method=replace(base.method, class_weights=False),
+    )
+
+    def run(key: str, method: MethodConfig, data: DataConfig) -> FitConfig:
+        return replace(base, method=method, data=data, run=replace(base.run, out=demo.out / key))
+
+    configs = {
+        method: run(method, replace(base.method, method=method), base.data)
+        for method in ("supervised", "pseudo", "contrast")
+    }
+    configs["all_labels"] = run("all_labels", configs["supervised"].method, replace(base.data, labelled=1.0))
+    return configs
+
+
+def run_demo(demo: DemoConfig) -> Path:
+    """Train the unfinished runs, and write the report.
+
+    Returns:
+        the path of the report.
+
+    Raises:
+        UserError: unusable options, or a run folder in ``demo.out`` of other options.
+        Interrupted: on SIGINT, after saving.
+    """
+    start = time.perf_counter()
+    configs = demo_configs(demo)
+    runs: dict[str, RunResult] = {}
+    reference_estimate = 0.0
+    for key, config in configs.items():
+        begin = time.perf_counter()
+        if key == "all_labels" and begin - start + reference_estimate > demo.budget:
+            print(f"{TITLES[key]}: left out, it would not end within --budget {demo.budget:g} s", flush=True)
+            continue
+        runs[key] = RunResult(TITLES[key], config, fit(config))
+        miou = {name: percent(score.miou) for name, score in runs[key].scores.items()}
+        print(f"{TITLES[key]}: mean IoU {miou['student']} %, {time.perf_counter() - begin:.0f} s", flush=True)
+        if key == "supervised":  # the reference takes as long
+            reference_estimate = 1.2 * (time.perf_counter() - begin)
+
+    # opened again, the finished runs are restored from their checkpoints
+    contrast, supervised = open_session(configs["contrast"]), open_session(configs["supervised"])
+    learners = {"contrast": contrast.training.learner, "supervised": supervised.training.learner}
+    return write_report(demo.out, runs, learners, contrast)
