@@ -45,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def search_path(more: list[Path]) -> str:
+    """PYTHONPATH of all commands: ours, ``more``, and what it was."""
+    before = [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+    return os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE), *map(str, more), *before])
+
+
 def main() -> None:
     arguments = parser().parse_args()
     about = describe(ROOT, arguments.rehearse)
@@ -62,13 +68,12 @@ def main() -> None:
         for path in (work / "logs").glob(f"{chosen}-*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     results = Results(plan.out, work / "logs", about)
-    paths = [str(ROOT), str(ROOT / "tests"), str(HERE)]
+    site = []
     if arguments.wheels:
-        unpacked = unpack_wheels(arguments.wheels, work / "site")
-        print(f"wheels: {', '.join(unpacked) or 'none found'}")
-        paths.append(str(work / "site"))
-    paths += [path for path in [os.environ.get("PYTHONPATH", "")] if path]
-    runner = Runner(ROOT, results, arguments.seconds, {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"})
+        print(f"wheels: {', '.join(unpack_wheels(arguments.wheels, work / 'site')) or 'none found'}")
+        site = [work / "site"]
+    environment = {"PYTHONPATH": search_path(site), "PYTHONUNBUFFERED": "1"}
+    runner = Runner(ROOT, results, arguments.seconds, environment)
     try:
         passed = [runner.run(stage(chosen, plan)) for chosen in arguments.stages]
     except Ended as signal_name:

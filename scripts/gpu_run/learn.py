@@ -66,7 +66,8 @@ def _command(plan: Plan, settings: dict[str, Any], folder: Path, run: Run) -> Co
     argv = [PYTHON, "-m", "train", "ablation", "folder", str(plan.data), "--parts", part, "--seeds", seed]
     argv += ["--labelled", labelled if part != "all-labels" else "0.25", "--steps", str(settings["steps"])]
     argv += ["--out", str(folder / name), "--device", plan.device, *settings["options"]]
-    return Command(name, argv, LIMIT)
+    threads = "1" if plan.rehearse else "2"  # of each of the runs beside each other
+    return Command(name, argv, LIMIT, {"OMP_NUM_THREADS": threads})
 
 
 def _key(row: dict[str, Any]) -> Run:

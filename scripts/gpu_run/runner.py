@@ -19,34 +19,34 @@ REFRESH = 15.0  # seconds between two updates of the result files while commands
 TAIL = 15  # lines of a log that are printed
 
 
-class Ended(BaseException):
-    """A signal that ends this program."""
+class Ended(Exception):
+    """A signal has asked this program to end; the results say so."""
 
 
 class Runner:
-    """Runs the commands of stages in ``root``, and keeps ``results`` up to date."""
+    """Runs the commands of stages in ``root``, and keeps ``results`` up to date.
+
+    SIGINT, SIGTERM and SIGHUP end what is running; :meth:`run` then raises ``Ended``.
+    """
 
     def __init__(self, root: Path, results: Results, seconds: float, environment: Mapping[str, str]) -> None:
         self.root, self.results, self.seconds = root, results, seconds
         self.environment = dict(environment)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._end)
         self._running: dict[str, Process] = {}
+        self._asked = ""  # the signal that has asked for the end, which the loop below looks at
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._ask)
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        raise Ended(signal.Signals(number).name)
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = signal.Signals(number).name
 
     def run(self, stage: Stage) -> bool:
         """Whether every command of the stage passed, or cannot be run on this machine."""
         print(f"\n=== {stage.name}: {stage.question}", flush=True)
         deadline = time.monotonic() + self.seconds
         self.results.begin(stage)
-        try:
-            for step in stage.steps:
-                self._run_step(stage, step, deadline)
-        except Ended as signal_name:
-            self._interrupted(stage, str(signal_name))
-            raise
+        for step in stage.steps:
+            self._run_step(stage, step, deadline)
         commands = [command for step in stage.steps for command in step.commands]
         outcomes = self.results.of(stage)
         return all(outcomes[command.name].good or command.missing for command in commands)
@@ -56,6 +56,8 @@ class Runner:
         commands = {command.name: command for command in step.commands}
         refreshed = time.monotonic()
         while waiting or self._running:
+            if self._asked:
+                self._end(stage)
             while waiting and len(self._running) < step.jobs:
                 self._start(stage, waiting.pop(0), deadline)
             for name in [name for name, process in self._running.items() if process.ended()]:
@@ -123,14 +125,13 @@ class Runner:
             print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]), flush=True)
         print(f"    {name}: {outcome.state} in {outcome.seconds:.0f} s: {outcome.said}", flush=True)
 
-    def _interrupted(self, stage: Stage, name: str) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # what follows takes no time
+    def _end(self, stage: Stage) -> None:
         for command, process in self._running.items():
             process.kill()
-            said = f"the run was ended by {name}"
+            said = f"the run was ended by {self._asked}"
             self.results.of(stage)[command] = Outcome(STOPPED, round(process.seconds, 1), said)
         self.results.write(stage)
+        raise Ended(self._asked)
 
 
 def read_failures(path: Path | None) -> list[dict[str, str]]:
