@@ -23,7 +23,7 @@ from gpu_run.runner import Runner
 
 GPU = ROOT / "scripts" / "gpu.py"
 COMMANDS = {
-    "right": ["build", "compile", "environment", "instructions", "operators", "kernels", "memcheck"],
+    "right": ["build", "compile", "environment", "instructions", "operators", "graphs", "kernels", "memcheck"],
     "fast": ["build", "bench-small", "bench-steps", "profile"],
     "learn": ["build", "trainer", "supervised-6-seed0", "contrast-6-seed0"],
     "sanitize": ["memcheck", "racecheck", "synccheck", "initcheck"],

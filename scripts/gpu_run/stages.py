@@ -14,6 +14,7 @@ from .plan import Plan, complaints_of, marked_cuda, sanitizer, without_tool
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 CUSIM = "tests/cusim"
+GRAPHS = "tests/test_cuda_graphs.py"
 
 
 def stage(name: str, plan: Plan) -> Stage:
@@ -26,6 +27,7 @@ def right(plan: Plan) -> Stage:
         on = {"CUSIM_RUN_ON": "plain"}
         compiled = Command("compile", [PYTHON, "-m", "cusim.build", "instructions", "scale"], 120, on)
         operators = ["tests/test_cuda.py", "-m", "not cuda", "-k", "64-rows-dtype0 or positive-cpu"]
+        graphs = ["tests/test_benchmarks_on_gpu.py", "-k", "capture"]
         kernels = [
             f"{CUSIM}/test_scale.py",
             f"{CUSIM}/test_infonce.py",
@@ -35,7 +37,8 @@ def right(plan: Plan) -> Stage:
     else:
         on = {"CUSIM_RUN_ON": "gpu"}
         compiled = Command("compile", [PYTHON, "-m", "cusim.build"], 300, on)
-        operators, kernels = [*marked_cuda(), "-m", "cuda"], [CUSIM]
+        operators, kernels = [*(path for path in marked_cuda() if path != GRAPHS), "-m", "cuda"], [CUSIM]
+        graphs = [GRAPHS]
     instructions = [f"{CUSIM}/test_instructions.py"]
     return Stage(
         "right",
@@ -44,7 +47,8 @@ def right(plan: Plan) -> Stage:
             Step([plan.build(), compiled], jobs=2),
             Step([Command("environment", [PYTHON, "-m", "pixcontrast.env"], 30)]),
             Step([plan.tests("instructions", instructions, 60, on, jobs=1)]),
-            Step([plan.tests("operators", operators, 200)]),
+            Step([plan.tests("operators", operators, 150)]),
+            Step([plan.tests("graphs", graphs, 60, jobs=1)]),
             Step([plan.tests("kernels", kernels, 240, on)]),
             Step([_sanitized(plan, "right", "memcheck", 100)]),
         ],
