@@ -14,7 +14,7 @@ from typing import Any
 from .command import Command, Outcome, Stage
 
 LOG_BYTES = 256 << 10  # of the end of each log; the archive has to stay small
-LINES_OF_FAILURES = 40
+LINES_OF_FAILURES, LINE = 30, 120
 FILES = ("checks.json", "checks.md", "logs.tar.gz", "benchmarks.json", "benchmarks.md", "kernels.json", "learn.json")
 
 
@@ -78,7 +78,7 @@ class Results:
         for entry in self.stages.values():
             failures = [one for outcome in entry.get("commands", {}).values() for one in outcome["failures"]]
             if failures:
-                shown = [f"- `{one['test']}`: {one['error']}" for one in failures[:LINES_OF_FAILURES]]
+                shown = [f"- `{one['test']}`: {one['error'][:LINE]}" for one in failures[:LINES_OF_FAILURES]]
                 more = (
                     [f"- and {len(failures) - len(shown)} more, in checks.json"] if len(failures) > len(shown) else []
                 )

@@ -90,10 +90,10 @@ class Runner:
         limit = min(command.limit, left)
         print(f"--> {command.name} (at most {limit:.0f} s): {' '.join(command.argv)}", flush=True)
         self.results.note(stage, command, Outcome(RUNNING, said=f"at most {limit:.0f} s"))
-        environment = os.environ | self.environment | command.environment
+        environment = {**os.environ, **self.environment, **command.environment}
         if command.failures:
             command.failures.unlink(missing_ok=True)
-            environment = environment | {"GPU_RUN_FAILURES": str(command.failures)}
+            environment["GPU_RUN_FAILURES"] = str(command.failures)
         log = self._log(stage, command.name)
         if not append:
             log.unlink(missing_ok=True)

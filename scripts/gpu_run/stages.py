@@ -114,10 +114,10 @@ def _profile(plan: Plan) -> Command:
     program = [PYTHON, "-m", "benchmarks.kernels", "--device", plan.device]
     if plan.rehearse:
         return Command("profile", [*program, "small"], 60)
-    program += ["city", "infonce-bf16", "infonce-tf32", "selectors-bf16"]
+    program += ["infonce-bf16", "infonce-tf32", "city", "large", "selectors-bf16"]
     tool = ["ncu", "--target-processes", "all", "--profile-from-start", "off", "--clock-control", "none"]
     tool += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(out), "--force-overwrite"]
-    sections = ["--section", "SpeedOfLight", "--section", "ComputeWorkloadAnalysis", "--launch-count", "150"]
+    sections = ["--section", "SpeedOfLight", "--section", "ComputeWorkloadAnalysis", "--launch-count", "80"]
     metrics = ["--metrics", "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum"]
     return Command(
         "profile", [*tool, *sections, *metrics, *program], 120, missing=without_tool("ncu"),

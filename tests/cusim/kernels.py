@@ -139,7 +139,7 @@ class _Process:
             assert self._process.stdin and self._process.stdout
             self._process.stdin.close()  # the worker ends by itself, and a tool that runs it can sum up
             try:
-                self._process.wait(timeout=10)
+                self._process.wait(timeout=60 if TOOL else 10)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
