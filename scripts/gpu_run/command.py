@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 PYTHON = sys.executable
-LEAST = 5.0  # seconds; with less time left a command is not begun
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,7 @@ class Command:
     """Attributes:
     name: unique in its stage; letters, digits, dots and dashes.
     limit: seconds.
+    least: seconds; with less time left it is not begun.
     environment: on top of the one of this program.
     failures: file to which a test run appends a line for each test that fails, if it is one.
     missing: why it cannot run here, if so.
@@ -32,6 +32,7 @@ class Command:
     missing: str = ""
     instead: list[str] = field(default_factory=list)
     complaints: Callable[[], list[str]] | None = None
+    least: float = 5.0
 
 
 @dataclass(frozen=True)

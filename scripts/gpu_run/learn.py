@@ -17,7 +17,7 @@ from .plan import Plan
 PARTS = ("supervised", "pseudo", "contrast", "released")
 TOY = ["--encoder", "test_efficientnet", "--no-pretrained", "--labelled-batch", "2", "--unlabelled-batch", "2"]
 TOY += ["--crop", "32"]
-LIMIT = 500.0  # seconds of one run, whatever its turn
+LIMIT, LEAST = 500.0, 30.0  # seconds of one run at most; seconds left without which none is begun
 
 Run = tuple[str, str, str]  # part, labelled, seed
 
@@ -67,7 +67,7 @@ def _command(plan: Plan, settings: dict[str, Any], folder: Path, run: Run) -> Co
     argv += ["--labelled", labelled if part != "all-labels" else "0.25", "--steps", str(settings["steps"])]
     argv += ["--out", str(folder / name), "--device", plan.device, *settings["options"]]
     threads = "1" if plan.rehearse else "2"  # of each of the runs beside each other
-    return Command(name, argv, LIMIT, {"OMP_NUM_THREADS": threads})
+    return Command(name, argv, LIMIT, {"OMP_NUM_THREADS": threads}, least=LEAST)
 
 
 def _key(row: dict[str, Any]) -> Run:

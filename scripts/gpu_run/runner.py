@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from .command import FAIL, LEAST, NOT_RUN, PASS, RUNNING, STOPPED, Command, Outcome, Stage, Step
+from .command import FAIL, NOT_RUN, PASS, RUNNING, STOPPED, Command, Outcome, Stage, Step
 from .process import Process
 from .results import Results
 
@@ -82,7 +82,7 @@ class Runner:
 
     def _start(self, stage: Stage, command: Command, deadline: float, append: bool = False) -> None:
         left = deadline - time.monotonic()
-        if command.missing or left < LEAST:
+        if command.missing or left < command.least:
             outcome = Outcome(NOT_RUN, said=command.missing or "no time left")
             self.results.note(stage, command, outcome)
             print(f"    {command.name}: not run: {outcome.said}", flush=True)
