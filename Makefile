@@ -17,7 +17,7 @@ help:
 	@echo "make test   build and run all tests (about 10 minutes on 2 cores)"
 	@echo "make lint   check style and types"
 	@echo "make bench  time the operators beside other ways to compute the same (about 9 minutes on 2 cores)"
-	@echo "make gpu    on a machine with a GPU: build, test, sanitize, time (installs nothing)"
+	@echo "make gpu    on a machine with a GPU: build, test, time, train, sanitize (installs nothing; GPU_ARGS=--rehearse: anywhere)"
 	@echo "make env    versions, build and devices, for a bug report"
 	@echo "make clean  remove the build and .venv"
 

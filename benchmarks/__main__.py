@@ -5,6 +5,7 @@ python -m benchmarks --quick --case city              less rounds, no peak memor
 python -m benchmarks --case sweeps                    how cost grows with pixels, rows, classes, channels, anchors
 python -m benchmarks --case steps                     the contrast of whole training steps, and what the network takes
 python -m benchmarks --compare earlier/results.json
+python -m benchmarks --device cuda --one-process      on a GPU: as CUDA graphs and eagerly, with device nodes
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,12 +21,13 @@ from tqdm import tqdm
 
 from .cases import CASES, GROUPS, select
 from .machine import describe
-from .measure import Effort, measure
+from .measure import Effort, Outcome, measure
 from .plots import draw
 from .released import Checkouts
 from .report import Report, comparison, markdown
 
 QUICK = Effort(rounds=7, seconds=3.0, memory=False)
+LOST = ("CaptureError", "AcceleratorError")  # errors after which this process cannot use the GPU
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a short look: few rounds, no peak memory; default case: quick"
     )
     made.add_argument("--skip", nargs="+", default=[], metavar="CONTENDER", help="contenders to leave out")
+    made.add_argument("--one-process", action="store_true", help="measure peak memory in this process, which is quick")
+    made.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="time torch.compile too (default: on the CPU)"
+    )
+    made.add_argument("--no-graphs", action="store_true", help="on a GPU: no CUDA graphs")
     made.add_argument("--rounds", type=int, help=f"turns of each contender, at most (default: {Effort.rounds})")
     made.add_argument("--seconds", type=float, help=f"for all rounds of a case (default: {Effort.seconds:.0f})")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -53,7 +61,19 @@ def parser() -> argparse.ArgumentParser:
 
 def effort_of(arguments: argparse.Namespace) -> Effort:
     base = QUICK if arguments.quick else Effort()
-    return Effort(arguments.rounds or base.rounds, arguments.seconds or base.seconds, base.memory)
+    return replace(
+        base,
+        rounds=arguments.rounds or base.rounds,
+        seconds=arguments.seconds or base.seconds,
+        one_process=arguments.one_process,
+        graphs=not arguments.no_graphs,
+    )
+
+
+def skipped(arguments: argparse.Namespace) -> frozenset[str]:
+    """Contenders to leave out: those named, and what takes minutes to compile for a GPU unless it is asked for."""
+    compiled = arguments.device == "cpu" if arguments.compile is None else arguments.compile
+    return frozenset(arguments.skip) | (frozenset() if compiled else {"torch.compile"})
 
 
 def main(given: list[str] | None = None) -> None:
@@ -72,20 +92,29 @@ def main(given: list[str] | None = None) -> None:
     checkouts = Checkouts(arguments.semiseg, arguments.contrastiveseg)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    report = Report(describe(arguments.device), [])
+    report, unusable = Report(describe(arguments.device), []), ""
     with tqdm(cases, unit="case") as bar:
         for case in bar:
-            outcome = measure(
-                case, arguments.device, effort_of(arguments), checkouts, frozenset(arguments.skip), bar.set_description
-            )
+            try:
+                outcome = measure(
+                    case, arguments.device, effort_of(arguments), checkouts, skipped(arguments), bar.set_description
+                )
+            except Exception as error:  # the other cases can still be measured, unless the GPU is lost
+                text = str(error).splitlines()[0] if str(error) else ""
+                outcome = Outcome(case.name, case.about, {}, note=f"{type(error).__name__}: {text}")
+                unusable = outcome.note
             report.outcomes.append(outcome)
             report.save(arguments.out / "results.json")  # what is done is kept if the run is cut off
+            if unusable.startswith(LOST):
+                break
     text = markdown(report)
     if earlier:
         text += "\n" + comparison(report, earlier) + "\n"
     pictures = draw(report, arguments.out)
     (arguments.out / "report.md").write_text(text + "".join(f"\n![]({path.name})\n" for path in pictures))
     print(f"\n{text}\nReport: {arguments.out / 'report.md'}, numbers: {arguments.out / 'results.json'}")
+    if unusable:
+        sys.exit(f"benchmarks: {unusable}")
 
 
 if __name__ == "__main__":

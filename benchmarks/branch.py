@@ -6,6 +6,7 @@ back down to the feature maps. The network is timed beside it, for the share of 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ from .problem import (
     SettledProblem,
     Step,
     Work,
+    capturable,
     deviation,
     differentiate,
     forward_and_backward,
@@ -33,6 +35,7 @@ from .problem import (
 from .selectors import class_selectors
 
 IGNORE = 255
+ROUNDED_TOLERANCE = 5e-2  # with products of bfloat16 or tf32
 TOLERANCE = 5e-3  # a few pixels of 100,000 with another gradient: 2.5e-3 for the formula in float32
 
 
@@ -72,16 +75,19 @@ class Branch(SettledProblem):
     pseudo: Tensor  # [2U, H, W]
     student: ContrastBranch
     teacher: ContrastBranch
+    autocast: bool = False  # products in bfloat16 where PyTorch's autocast does so
     rows: Tensor = field(init=False)  # [C, N, D'], the memory at the beginning
 
     def __post_init__(self) -> None:
-        self.dtype = torch.float32
+        self.dtype = torch.bfloat16 if self.autocast else torch.float32
         self.rows = self.student.memory.rows.clone()
         self.leaves = {"labelled": self.labelled.requires_grad_(), "unlabelled": self.unlabelled.requires_grad_()}
         self.leaves |= dict(self.student.named_parameters())
 
     @staticmethod
-    def random(setting: Setting, capacity: int = 256, dim: int = 256, device: str = "cpu") -> Branch:
+    def random(
+        setting: Setting, capacity: int = 256, dim: int = 256, autocast: bool = False, device: str = "cpu"
+    ) -> Branch:
         """Labels in 16 blocks an image, a tenth of them ignored; the teacher is right and sure where they are not."""
         s = setting
         labels = _blocks(random_labels(device, s.classes, s.labelled, 4, 4), s.crop)
@@ -104,6 +110,7 @@ class Branch(SettledProblem):
         return Branch(
             s, normal(device, s.labelled, *map_size), normal(device, 2 * s.unlabelled, *map_size, seed=1),
             normal(device, s.labelled, *map_size, seed=2), logits, labels, pseudo, student, teacher,
+            autocast,
         )  # fmt: skip
 
     def work(self) -> Work:
@@ -121,7 +128,7 @@ class Branch(SettledProblem):
         student.memory.rows.copy_(self.rows)
         names = ("labelled", "unlabelled", "teacher_maps", "teacher_logits")
         double = {name: getattr(self, name).detach().double() for name in names}
-        results = differentiate(as_it_stands, replace(self, **double, student=student, teacher=teacher))
+        results = differentiate(as_it_stands, replace(self, **double, student=student, teacher=teacher, autocast=False))
         # the heads' other gradients are sums of these or, for biases before a norm, rounding noise
         held = ("loss", "labelled", "unlabelled", "project.first.weight", "predict.last.weight")
         return {name: results[name] for name in held}
@@ -136,10 +143,12 @@ class Branch(SettledProblem):
         return deviation(results, self._truth, torch.linalg.vector_norm)
 
     def accepts(self, error: float) -> bool:
-        return error <= TOLERANCE
+        return error <= (TOLERANCE if self.dtype == torch.float32 and not self.tf32 else ROUNDED_TOLERANCE)
 
     def surroundings(self) -> list[tuple[Step, float]]:
-        """The network: student and teacher on two images each."""
+        """The network, if the setting names one: student and teacher on two images each."""
+        if not self.setting.network:
+            return []
         from train.networks import MEANS, build_network
 
         s = self.setting
@@ -222,14 +231,16 @@ def pixcontrast(backend: str) -> Contender:
         student, memory = problem.student, problem.student.memory
         student.criterion.backend = backend
         memory.cursors.zero_()  # each step writes the same rows into the same slots
-        student.remember(problem.teacher_maps, problem.teacher_logits, problem.labels, teacher=problem.teacher)
-        return student(problem.labelled, problem.labels) + student(problem.unlabelled, problem.pseudo)
+        device = problem.labels.device.type
+        with torch.autocast(device, torch.bfloat16) if problem.autocast else contextlib.nullcontext():
+            student.remember(problem.teacher_maps, problem.teacher_logits, problem.labels, teacher=problem.teacher)
+            return student(problem.labelled, problem.labels) + student(problem.unlabelled, problem.pseudo)
 
     return forward_and_backward(loss)
 
 
 CONTENDERS: dict[str, Contender] = {
-    "pixcontrast": pixcontrast("extension"),
+    "pixcontrast": capturable(pixcontrast("extension")),
     "pixcontrast reference": pixcontrast("reference"),
     "formula as it stands": forward_and_backward(as_it_stands),
 }

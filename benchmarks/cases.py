@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Case:
     Attributes:
         make: makes the problem from ``sizes`` and a device.
         about: the sizes in words.
+        tf32: whether products of float32 may be rounded to tf32, which a GPU does fast.
         sweep, x: the scaling plot that the case belongs to, if any: what is varied, and its value here.
     """
 
@@ -31,11 +32,14 @@ class Case:
     make: Callable[..., Problem]
     sizes: Mapping[str, Any]
     contenders: Mapping[str, Contender] = field(repr=False)
+    tf32: bool = False
     sweep: str = ""
     x: int = 0
 
     def problem(self, device: str) -> Problem:
-        return self.make(**self.sizes, device=device)
+        problem = self.make(**self.sizes, device=device)
+        problem.tf32 = self.tf32
+        return problem
 
     def contenders_of(self, problem: Problem, checkouts: Checkouts) -> dict[str, Contender]:
         """Those of the case, and the released code where it computes the same."""
@@ -101,11 +105,38 @@ STEPS = [
     for name, s in branch.SETTINGS.items()
 ]
 
+# the same where the products are rounded, which only pays on a GPU
+TF32 = [
+    replace(case, name=f"{case.name}-tf32", about=case.about.replace("float32", "tf32"), tf32=True)
+    for case in NAMED
+    if case.name in ("infonce", "infonce-few")
+]
+TINY = Case(
+    "tiny-step",
+    "contrast of a small training step, without a network",
+    branch.Branch.random,
+    {"setting": branch.Setting("", 2, 1, 64, 32, 16, 5, 2), "capacity": 20, "dim": 32},
+    branch.CONTENDERS,
+)
+ROUNDED_STEPS = [
+    replace(
+        case,
+        name=f"{case.name}-{kind}",
+        about=f"{case.about}, {kind}",
+        sizes=sizes,
+        tf32=kind == "tf32",
+        contenders={"pixcontrast": branch.CONTENDERS["pixcontrast"]},
+    )
+    for case in STEPS
+    if case.name in ("step-city-v2", "step-city-v3plus")
+    for kind, sizes in (("tf32", case.sizes), ("bf16", {**case.sizes, "autocast": True}))
+]
+
 
 def _sweep(what: str, x: str, values: tuple[int, ...], make: Callable, sizes: dict, contenders: dict) -> list[Case]:
     """Cases that differ in size ``x`` alone, with the contenders whose cost is worth a line."""
     return [
-        Case(f"{what}-{x}-{value}", f"{value} {x}", make, sizes | {x: value}, contenders, f"{what}: {x}", value)
+        Case(f"{what}-{x}-{value}", f"{value} {x}", make, sizes | {x: value}, contenders, False, f"{what}: {x}", value)
         for value in values
     ]
 
@@ -126,10 +157,12 @@ def _sweeps() -> list[Case]:
     ]
 
 
-CASES = {case.name: case for case in [*NAMED, *SMALL, *STEPS, *_sweeps()]}
+CASES = {case.name: case for case in [*NAMED, *TF32, *SMALL, TINY, *STEPS, *ROUNDED_STEPS, *_sweeps()]}
 GROUPS = {
     "paper": [case.name for case in NAMED],
     "steps": [case.name for case in STEPS],
+    "tf32": [case.name for case in TF32],
+    "precisions": [case.name for case in ROUNDED_STEPS],
     "quick": [case.name for case in SMALL],
     "sweeps": [case.name for case in CASES.values() if case.sweep],
 }

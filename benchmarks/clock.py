@@ -9,57 +9,46 @@ import torch
 
 from .problem import Step
 
-FLUSHED = 256 << 20  # bytes; more than any GPU's L2 cache
+FLUSHED = 256 << 20  # bytes; several times any GPU's L2 cache
 
 
 class Clock(Protocol):
-    def prepare(self, step: Step) -> Step:
-        """The step in the form in which it is timed."""
-
     def seconds(self, step: Step) -> float:
         """Time of one call."""
 
 
 class CpuClock:
-    def prepare(self, step: Step) -> Step:
-        return step
-
     def seconds(self, step: Step) -> float:
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
 
 
+class ColdCache:
+    """Puts data that no step wants into the L2 cache.
+
+    Written first, then other data read: lines that were only written would have to go to memory while the step is
+    timed, at its cost.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.written, self.read = (torch.zeros(FLUSHED // 4, device=device) for _ in range(2))
+        self.total = torch.zeros((), device=device)
+
+    def clear(self) -> None:
+        self.written.zero_()
+        torch.sum(self.read, dim=0, out=self.total)
+
+
 class CudaClock:
-    """Device time between two events, with a cold L2 cache; a replayed graph where the step can be captured."""
+    """Device time between two events, with a cold L2 cache."""
 
     def __init__(self) -> None:
-        self.cache = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+        self.cache = ColdCache("cuda")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def prepare(self, step: Step) -> Step:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                results = step()
-        except RuntimeError:  # the step waits for the device, or allocates in ways that a graph cannot hold
-            torch.cuda.synchronize()
-            return step
-
-        def replay() -> dict[str, torch.Tensor]:
-            graph.replay()
-            return results
-
-        return replay
-
     def seconds(self, step: Step) -> float:
-        self.cache.zero_()
+        self.cache.clear()
         self.start.record()
         step()
         self.end.record()

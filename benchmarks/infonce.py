@@ -17,7 +17,17 @@ from torch.nn.functional import logsigmoid, normalize
 from pixcontrast.functional import infonce_contrast
 from pixcontrast.select import Anchors
 
-from .problem import Contender, Results, SettledProblem, Step, Work, forward_and_backward, normal, random_labels
+from .problem import (
+    Contender,
+    Results,
+    SettledProblem,
+    Step,
+    Work,
+    capturable,
+    forward_and_backward,
+    normal,
+    random_labels,
+)
 
 TEMPERATURE, BASE_TEMPERATURE = 0.07, 0.07  # as in the released configuration with a memory
 
@@ -157,7 +167,7 @@ def _pixcontrast(problem: InfoNCE, backend: str) -> Tensor:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "pixcontrast": forward_and_backward(extension),
+    "pixcontrast": capturable(forward_and_backward(extension)),
     "pixcontrast reference": forward_and_backward(reference),
     "best eager": forward_and_backward(streamed),
     "torch.compile": compiled,

@@ -1,4 +1,4 @@
-"""Peak memory of one step above its inputs, in a fresh process."""
+"""Peak memory of one step above its inputs, in a fresh process or in this one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from pixcontrast import ops
 
 from .cases import CASES, Case
+from .problem import Problem, Step
 from .released import Checkouts
 
 
@@ -38,7 +39,12 @@ def _measure(case_name: str, contender: str, device: str, checkouts: Checkouts, 
     step = case.contenders_of(problem, checkouts)[contender](problem)
     if warm:
         step()
-        problem.forget_gradients()
+    return peak_here(problem, step, device)
+
+
+def peak_here(problem: Problem, step: Step, device: str) -> float:
+    """The same in this process, for a step that has been called before if that is to count."""
+    problem.forget_gradients()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -18,6 +18,7 @@ from .problem import (
     SettledProblem,
     Step,
     Work,
+    capturable,
     differentiate,
     forward_and_backward,
     normal,
@@ -185,8 +186,8 @@ def compiled(problem: Positive) -> Step:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "pixcontrast": forward_and_backward(extension),
-    "pixcontrast, means kept": kept_means,
+    "pixcontrast": capturable(forward_and_backward(extension)),
+    "pixcontrast, means kept": capturable(kept_means),
     "pixcontrast reference": forward_and_backward(reference),
     "best eager": forward_and_backward(one_hot),
     "torch.compile": compiled,

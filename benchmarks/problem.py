@@ -19,6 +19,7 @@ Contender = Callable[[Any], Step]
 
 # of the largest number of each result: tells a wrong formula from rounding
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+TF32_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Problem(ABC):
     Attributes:
         leaves: tensors that want a gradient.
         dtype: of the inputs, which sets the tolerance.
+        tf32: whether products of float32 may be rounded to tf32; set by the case.
     """
 
     leaves: dict[str, Tensor]
     dtype: torch.dtype
+    tf32: bool = False
 
     @abstractmethod
     def work(self) -> Work:
@@ -59,7 +62,7 @@ class Problem(ABC):
             leaf.grad = None
 
     def accepts(self, error: float) -> bool:
-        return error <= TOLERANCE[self.dtype]
+        return error <= (TF32_TOLERANCE if self.tf32 else TOLERANCE[self.dtype])
 
 
 class SettledProblem(Problem):
@@ -90,6 +93,17 @@ def deviation(results: Results, truth: Results, size: Callable[[Tensor], Tensor]
         difference = size(results[name].detach().to(true) - true)
         worst = max(worst, float(difference.nan_to_num(float("inf")) / size(true)))
     return worst
+
+
+def capturable(contender: Contender) -> Contender:
+    """Declares that the steps of a contender never wait for the device and have fixed shapes, so that a CUDA graph can
+    hold them. Nothing else is ever captured: after a failed capture the process cannot be used any more."""
+    contender.capturable = True  # type: ignore[attr-defined]
+    return contender
+
+
+def is_capturable(contender: Contender) -> bool:
+    return getattr(contender, "capturable", False)
 
 
 def forward_and_backward(loss: Callable[[Any], Tensor]) -> Contender:

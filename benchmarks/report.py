@@ -47,6 +47,9 @@ from float64, relative to the largest number of the result (whole training steps
 
 
 def _of_case(outcome: Outcome) -> str:
+    head = f"## {outcome.case}: {outcome.about}"
+    if not outcome.rates:
+        return f"{head}\n\nNot measured: {outcome.note or 'nothing was timed'}."
     rates = "{gb_per_s:.0f} GB/s, {gflop_per_s:.0f} GFLOP/s".format(**outcome.rates)
     floor = (
         f"Floor {milliseconds(outcome.floor_ms)} ms, at {rates} ({str(outcome.work['dtype']).removeprefix('torch.')})."
@@ -57,19 +60,22 @@ def _of_case(outcome: Outcome) -> str:
         shares = ", ".join(f"{ms / (ms + outcome.rest_ms):.1%} with {name}" for name, ms in timed)
         if shares:
             floor += f" Share of the whole step: {shares}."
-    return f"## {outcome.case}: {outcome.about}\n\n{floor}\n\n" + _table(
-        ["contender", "ms (20–80 %)", "× the first", "× floor", "peak MiB", "error"],
-        [_cells(row) for row in outcome.rows],
-    )
+    if outcome.note:
+        floor += f"\nNot measured: {outcome.note}."
+    graphs = any(row.eager_ms for row in outcome.rows)
+    columns = ["contender", "ms (20–80 %)", *(["eager ms", "nodes"] if graphs else [])]
+    columns += ["× the first", "× floor", "peak MiB", "error"]
+    return f"{head}\n\n{floor}\n\n" + _table(columns, [_cells(row, graphs) for row in outcome.rows])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, graphs: bool) -> list[str]:
     if row.ms is None:
         why = f"{row.status}, not timed" + (f": {row.note}" if row.note else "")
-        return [row.contender, why, "", "", "", _number(row.error, ".1e")]
+        return [row.contender, why, *(["", ""] if graphs else []), "", "", "", _number(row.error, ".1e")]
     times = f"{milliseconds(row.ms)} ({milliseconds(row.ms_20)}–{milliseconds(row.ms_80)})"
+    eager = [milliseconds(row.eager_ms), _number(row.nodes, "d")] if graphs else []
     shown = [_number(row.ratio, ".2f"), _number(row.times_floor, ".2f"), _number(row.peak_mib, ".0f")]
-    return [row.contender, times, *shown, _number(row.error, ".1e")]
+    return [row.contender, times, *eager, *shown, _number(row.error, ".1e")]
 
 
 def comparison(now: Report, before: Report) -> str:

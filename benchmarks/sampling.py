@@ -16,7 +16,17 @@ from torch.nn.functional import normalize
 from pixcontrast import PixelContrastLoss
 from pixcontrast.select import hard_anchors, labels_at
 
-from .problem import Contender, Problem, Results, Work, deviation, forward_and_backward, normal, random_labels
+from .problem import (
+    Contender,
+    Problem,
+    Results,
+    Work,
+    capturable,
+    deviation,
+    forward_and_backward,
+    normal,
+    random_labels,
+)
 
 TEMPERATURE, BASE_TEMPERATURE = 0.1, 0.07  # as in the released configuration without a memory
 
@@ -169,7 +179,7 @@ def _shuffled(pixels: Tensor) -> Tensor:
 
 
 def contenders(contrast: bool) -> dict[str, Contender]:
-    found: dict[str, Callable] = {"pixcontrast": pixcontrast("extension")}
+    found: dict[str, Callable] = {"pixcontrast": capturable(pixcontrast("extension"))}
     if contrast:
         found["pixcontrast reference"] = pixcontrast("reference")
     return found | {"best eager": forward_and_backward(looped)}

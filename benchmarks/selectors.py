@@ -19,6 +19,7 @@ from .problem import (
     Results,
     SettledProblem,
     Work,
+    capturable,
     differentiate,
     forward_and_backward,
     normal,
@@ -161,7 +162,7 @@ def _contender(loss: Callable[[Selectors], Tensor]) -> Contender:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "pixcontrast": pixcontrast("extension"),
+    "pixcontrast": capturable(pixcontrast("extension")),
     "pixcontrast reference": pixcontrast("reference"),
     "best eager": _contender(sorted_classes),
     "formula as it stands": _contender(all_pairs),

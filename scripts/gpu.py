@@ -1,157 +1,85 @@
-"""`make gpu`: everything that a GPU is needed for, unattended, in less than ten minutes.
+"""What a GPU is needed for, unattended, in stages of at most nine minutes each.
 
-Builds the extension for the GPU of this machine, runs the tests on it, looks for memory errors and races with
-compute-sanitizer, times all cases of the benchmarks, and writes benchmarks/results/<gpu>/. It needs no network and
-installs nothing: it runs with the Python it is started with, which must have PyTorch with CUDA, pytest, tqdm and
-matplotlib. A stage that fails is named at the end and does not stop the next one.
+    right     builds for this GPU; tests instructions, operators and all kernels on it against float64; memcheck
+    fast      times operators and whole branches, eagerly and as graphs; profiles the slowest kernels
+    learn     trains the ablation on real images, several runs at once
+    sanitize  all tools of compute-sanitizer
+
+Needs no network, git or make and installs nothing: it runs with the Python it is started with, which must have PyTorch
+with CUDA, pytest, tqdm and matplotlib; for `learn` also what scripts/gpu_packages.txt names, or its wheels by --wheels.
+After every command it rewrites its results (at most 8 files in --out), so that a run that is killed has kept them.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+from gpu_run.machine import describe
+from gpu_run.plan import HERE, ROOT, Plan, unpack_wheels
+from gpu_run.results import Results
+from gpu_run.runner import Ended, Runner
+from gpu_run.stages import stage
+
+STAGES = ("right", "fast", "learn", "sanitize")
+SECONDS = 540.0
 
 
-@dataclass
-class Stage:
-    name: str
-    command: list[str]
-    seconds: int
-    environment: dict[str, str] = field(default_factory=dict)
-    reports: tuple[str, ...] = ()  # of compute-sanitizer, in the folder of the logs
-    ok: bool = False
-    took: float = 0.0
-    said: str = ""
-
-    def run(self, logs: Path) -> None:
-        """Runs the command, prints its output and keeps it in ``logs``."""
-        print(f"\n==> {self.name}: {' '.join(self.command)}", flush=True)
-        start, log = time.monotonic(), logs / f"{self.name.replace(' ', '-')}.log"
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | self.environment
-        with log.open("w") as file:
-            try:
-                done = subprocess.run(
-                    self.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=self.seconds
-                )
-                self.ok, self.said = done.returncode == 0, f"exit status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                self.said = f"stopped after {self.seconds} s"
-            except FileNotFoundError as error:
-                self.said = str(error)
-        self.took = time.monotonic() - start
-        lines = log.read_text(errors="replace").splitlines()
-        print("\n".join(lines[-25:]), flush=True)
-        found = [hit for pattern in self.reports for path in logs.glob(pattern) for hit in errors_in(path)]
-        if found:
-            self.ok, self.said = False, "; ".join(found[:3])
-        elif self.ok:
-            self.said = next((line.strip("= ") for line in reversed(lines) if " passed" in line), "")
-        else:
-            failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-            self.said = "; ".join(failed[:3]) or f"{self.said}: {lines[-1] if lines else ''}"
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all, in this order")
+    made.add_argument("--rehearse", action="store_true", help="without a GPU: the same stages on the CPU, small sizes")
+    made.add_argument("--out", type=Path, help="results folder (default: benchmarks/results/<gpu>)")
+    made.add_argument("--work", type=Path, help="folder of logs and trained networks (default: runs/gpu)")
+    made.add_argument("--seconds", type=float, default=SECONDS, help=f"for each stage (default: {SECONDS:.0f})")
+    made.add_argument("--wheels", type=Path, help="folder of wheels to import from")
+    made.add_argument("--compile", action="store_true", help="fast: time torch.compile too")
+    made.add_argument("--data", type=Path, help="learn: images/, masks/, classes.txt, train.txt, val.txt")
+    made.add_argument("--learn-steps", type=int, default=Plan.learn_steps, help="learn: steps of each run")
+    made.add_argument("--learn-jobs", type=int, default=Plan.learn_jobs, help="learn: runs at once")
+    made.add_argument("--learn-options", nargs=argparse.REMAINDER, default=[], help="learn: options of fit; comes last")
+    return made
 
 
-def errors_in(report: Path) -> list[str]:
-    """What compute-sanitizer wrote down as an error."""
-    text = report.read_text(errors="replace")
-    return re.findall(r"^========= ((?:Invalid|Error|Uninitialized|Barrier|Misaligned).*)$", text, re.MULTILINE)
-
-
-def stages(results: Path, logs: Path, quick: bool) -> list[Stage]:
-    python = sys.executable
-    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    architecture = "{}.{}".format(*capability())
-    architecture_only = {"PIXCONTRAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
-    found = [
-        Stage("build", [python, "setup.py", "build_ext", "--inplace"], 200, architecture_only),
-        Stage("environment", [python, "-m", "pixcontrast.env"], 30),
-        Stage("operators", [*test, "-m", "cuda", "tests/test_cuda.py"], 90),
-        Stage("kernels", [*test, "tests/cusim", "-k", "gpu"], 120),
-    ]
-    for tool in SANITIZER_TOOLS if shutil.which("compute-sanitizer") else ():
-        run = f"compute-sanitizer --tool {tool} --log-file {logs}/{tool}-%p.txt"
-        kernels = [*test, "tests/cusim", "-k", "gpu and not instructions and not planted"]
-        found.append(Stage(tool, kernels, 60, {"CUSIM_GPU_TOOL": run}, (f"{tool}-*.txt",)))
-    bench = [python, "-m", "benchmarks", "--device", "cuda", "--out", str(results)]
-    found.append(Stage("benchmarks", [*bench, *(["--quick"] if quick else ["--seconds", "4"])], 180))
-    return found
-
-
-def capability() -> tuple[int, int]:
-    import torch
-
-    return torch.cuda.get_device_capability()
-
-
-def machine() -> dict[str, str]:
-    """GPU, driver and versions, for the results folder."""
-    import torch
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[0]
-    except (FileNotFoundError, IndexError):
-        driver = "unknown"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "cuda": str(torch.version.cuda),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
+def search_path(more: list[Path]) -> str:
+    """PYTHONPATH of all commands: ours, ``more``, and what it was."""
+    before = [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+    return os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE), *map(str, more), *before])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small benchmarks only")
-    parser.add_argument("--out", type=Path, help="results folder (default: benchmarks/results/<gpu>)")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
+    about = describe(ROOT, arguments.rehearse)
+    if not arguments.rehearse and "gpu" not in about:
+        sys.exit(f"gpu.py: no GPU found by PyTorch {about.get('torch')} of {sys.executable}; --rehearse needs none")
+    name = re.sub(r"[^a-z0-9]+", "-", str(about.get("gpu", "rehearsal")).lower()).strip("-")
+    work = (arguments.work or ROOT / "runs" / ("gpu-rehearsal" if arguments.rehearse else "gpu")).resolve()
+    default = work / "results" if arguments.rehearse else ROOT / "benchmarks" / "results" / name
+    plan = Plan(
+        arguments.rehearse, (arguments.out or default).resolve(), work, str(about.get("capability", "")),
+        arguments.compile, (arguments.data or Plan.data).resolve(), arguments.learn_steps, arguments.learn_jobs,
+        arguments.learn_options,
+    )  # fmt: skip
+    for chosen in arguments.stages:
+        for path in (work / "logs").glob(f"{chosen}-*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    results = Results(plan.out, work / "logs", about)
+    site = []
+    if arguments.wheels:
+        print(f"wheels: {', '.join(unpack_wheels(arguments.wheels, work / 'site')) or 'none found'}")
+        site = [work / "site"]
+    environment = {"PYTHONPATH": search_path(site), "PYTHONUNBUFFERED": "1"}
+    runner = Runner(ROOT, results, arguments.seconds, environment)
     try:
-        import torch
-    except ImportError:
-        sys.exit(f"make gpu: {sys.executable} has no PyTorch; choose another with `make gpu PYTHON=...`")
-    if not torch.cuda.is_available():
-        sys.exit(f"make gpu: PyTorch {torch.__version__} finds no GPU here (torch.version.cuda: {torch.version.cuda})")
-    described = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", described["gpu"].lower()).strip("-")
-    results = (arguments.out or ROOT / "benchmarks" / "results" / name).resolve()
-    logs = ROOT / "runs" / "gpu"
-    shutil.rmtree(logs, ignore_errors=True)
-    for folder in (results, logs):
-        folder.mkdir(parents=True, exist_ok=True)
-
-    ran = stages(results, logs, arguments.quick)
-    for stage in ran:
-        stage.run(logs)
-    rows = [f"| {s.name} | {'pass' if s.ok else '**FAIL**'} | {s.took:.0f} | {s.said.replace('|', '/')} |" for s in ran]
-    if not any(s.name in SANITIZER_TOOLS for s in ran):
-        rows.append("| compute-sanitizer | not run | | it is not installed |")
-    table = "\n".join(["| stage | result | seconds | |", "|---|---|---:|---|", *rows])
-    outcome = described | {"stages": {s.name: {"ok": s.ok, "seconds": round(s.took), "said": s.said} for s in ran}}
-    (results / "checks.json").write_text(json.dumps(outcome, indent=2) + "\n")
-    title = ", ".join(f"{key} {value}" for key, value in described.items())
-    (results / "checks.md").write_text(f"# Checks on a GPU\n\n{title}\n\n{table}\n")
-    report = results / "report.md"
-    if report.exists():
-        print(f"\n{report.read_text()}")
-    print(f"\n{title}\n{table}\n\nResults: {results}, logs: {logs}")
-    sys.exit(0 if all(s.ok for s in ran) else 1)
+        passed = [runner.run(stage(chosen, plan)) for chosen in arguments.stages]
+    except Ended as signal_name:
+        sys.exit(f"gpu.py: ended by {signal_name}; what is done is in {plan.out}")
+    print(f"\n{results.markdown()}\n\nResults: {plan.out}, logs: {results.logs}", flush=True)
+    sys.exit(0 if all(passed) else 1)
 
 
 if __name__ == "__main__":

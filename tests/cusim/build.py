@@ -1,15 +1,26 @@
-"""Compiles kernels for the CPU, and for the GPU if there is one; objects and libraries are kept in ``build/cusim``."""
+"""Compiles kernels for the CPU or the GPU; objects and libraries are kept in ``build/cusim``.
+
+``python -m cusim.build [NAME ...]`` compiles all kernels, or those of the named sources, before the tests want them.
+
+Environment:
+    CUSIM_RUN_ON: builds to test, separated by spaces: ``plain asan race`` (default), which run on the CPU, or ``gpu``.
+    CUSIM_GPU_ARCH: what nvcc compiles for, ``native`` by default, which needs a GPU.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,10 +32,13 @@ ROOT = BENCH.parent.parent
 RUNTIME = BENCH / "runtime"
 CACHE = ROOT / "build" / "cusim"
 INCLUDES = (ROOT / "csrc", RUNTIME)
+DEFINES = ("-DPIXCONTRAST_WITH_CUDA",)  # headers of operators then declare their launchers
 
 UNUSED = 24 * 3600.0  # seconds after which a file of the cache goes when something takes its place
 CXX = os.environ.get("CXX", "g++")  # GNU's: the sanitizers of others have other call-backs
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+RUN_ON = os.environ.get("CUSIM_RUN_ON", "plain asan race").split()
+GPU_ARCH = os.environ.get("CUSIM_GPU_ARCH", "native")
 
 
 class CompileError(Exception):
@@ -43,7 +57,13 @@ def nvcc() -> str | None:
 
 
 def missing() -> str | None:
-    """What this machine lacks to compile kernels for the CPU, if anything."""
+    """What this machine lacks to compile and run the kernels, if anything."""
+    if "gpu" in RUN_ON:
+        if nvcc() is None:
+            return f"no nvcc, neither on the path nor in {CUDA_HOME} (set CUDA_HOME)"
+        if GPU_ARCH == "native" and not torch.cuda.is_available():
+            return "PyTorch finds no GPU"
+        return None
     if shutil.which(CXX) is None:
         return f"no C++ compiler {CXX} (set CXX)"
     if cuda_headers() is None:
@@ -63,20 +83,26 @@ class Build:
 
 
 def _builds() -> dict[str, Build]:
-    gnu = (
-        CXX,
-        "-std=c++17",
-        "-g",
-        "-fPIC",
-        "-DPIXCONTRAST_WITH_CUDA",
-        *(f"-I{folder}" for folder in INCLUDES),
-        f"-isystem{cuda_headers()}",
-        "-xc++",
-    )
+    """Those that tests are to run on, by name."""
+    includes = [f"-I{folder}" for folder in INCLUDES]
+    gnu = (CXX, "-std=c++17", "-g", "-fPIC", *DEFINES, *includes, f"-isystem{cuda_headers()}", "-xc++")
     asan = (*gnu, "-O1", "-DCUSIM_ASAN", "-fno-sanitize-recover=undefined")
     # The compiler reports every access to race_callbacks.cpp, in place of its own thread sanitizer.
     race = (*gnu, "-O1", "-DCUSIM_RACE", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=undefined")
     link = (CXX, "-shared")
+    cuda = nvcc() or "nvcc"
+    device = (
+        cuda,
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        f"-arch={GPU_ARCH}",
+        "-Xcompiler=-fPIC",
+        *DEFINES,
+        includes[0],
+        "-x",
+        "cu",
+    )
     builds = {
         "plain": Build((*gnu, "-O1"), (*gnu, "-O2"), link),
         "asan": Build(
@@ -86,22 +112,11 @@ def _builds() -> dict[str, Build]:
             preload="libasan.so",
         ),
         "race": Build(race, (*gnu, "-O2", "-DCUSIM_RACE"), (*link, "-Wl,--no-as-needed", "-lubsan")),
+        "gpu": Build(device, device, (cuda, "-shared"), (BENCH / "gpu_worker_api.cu",)),
     }
-    if torch.cuda.is_available() and (cuda := nvcc()):
-        device = (
-            cuda,
-            "-std=c++17",
-            "-O3",
-            "-lineinfo",
-            "-arch=native",
-            "-Xcompiler=-fPIC",
-            "-DPIXCONTRAST_WITH_CUDA",
-            f"-I{INCLUDES[0]}",
-            "-x",
-            "cu",
-        )
-        builds["gpu"] = Build(device, device, (cuda, "-shared"), (BENCH / "gpu_worker_api.cu",))
-    return builds
+    if unknown := [name for name in RUN_ON if name not in builds]:
+        raise ValueError(f"CUSIM_RUN_ON names {unknown[0]!r}, expected some of: {', '.join(builds)}")
+    return {name: builds[name] for name in RUN_ON}
 
 
 BUILDS = _builds()
@@ -138,8 +153,28 @@ def cached(name: str, command: tuple[str, ...], inputs: bytes) -> Path:
     key = hashlib.sha256("\0".join([_version(command[0]), *command]).encode() + inputs).hexdigest()[:16]
     stem, suffix = name.split(".")
     result = CACHE / f"{stem}-{key}.{suffix}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with _only_once(result):
+        _make(result, stem, suffix, command)
+    result.touch()
+    return result
+
+
+@contextmanager
+def _only_once(result: Path) -> Iterator[None]:
+    """Holds back other processes that want the same file: tests that run in parallel would all compile it."""
+    if result.exists():
+        yield
+        return
+    lock = result.with_suffix(".lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        lock.unlink(missing_ok=True)
+
+
+def _make(result: Path, stem: str, suffix: str, command: tuple[str, ...]) -> None:
     if not result.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = result.with_suffix(f".{os.getpid()}.tmp")
         compiled = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         if compiled.returncode:
@@ -148,8 +183,6 @@ def cached(name: str, command: tuple[str, ...], inputs: bytes) -> Path:
         for old in CACHE.glob(f"{stem}-*.{suffix}"):
             if old.stat().st_mtime < time.time() - UNUSED:
                 old.unlink(missing_ok=True)
-    result.touch()
-    return result
 
 
 @cache
@@ -166,3 +199,21 @@ def text_of(source: Path) -> bytes:
             found = (folder / name.decode() for folder in (file.parent, *INCLUDES))
             files += [path for path in found if path.exists() and path not in files][:1]
     return b"".join(file.read_bytes() for file in files)
+
+
+def compile_all(names: list[str]) -> int:
+    """Compiles the objects of every kernel and of its bindings; says how many."""
+    sources = [*(ROOT / "csrc").glob("*.cu"), *BENCH.glob("bindings_*.cpp"), BENCH / "instructions.cu"]
+    wanted = [source for source in sources if not names or source.stem.removeprefix("bindings_") in names]
+    jobs = [(source, build.kernel) for build in BUILDS.values() for source in wanted]
+    jobs += [(source, build.runtime) for build in BUILDS.values() for source in build.sources]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as compilers:
+        for result in compilers.map(lambda job: compile_object(*job), jobs):
+            print(result.name, flush=True)
+    return len(jobs)
+
+
+if __name__ == "__main__":
+    if reason := missing():
+        sys.exit(f"cusim: {reason}")
+    compile_all(sys.argv[1:])

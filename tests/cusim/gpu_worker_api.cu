@@ -6,6 +6,11 @@
 namespace {
 
 std::vector<void*> arrays;
+cudaError_t first_error = cudaSuccess;  // of the functions here since the last wait
+
+void note(cudaError_t status) {
+  if (first_error == cudaSuccess) first_error = status;
+}
 
 }  // namespace
 
@@ -13,16 +18,22 @@ extern "C" {
 
 void* worker_allocate(size_t bytes, const char*) {
   void* array = nullptr;
-  cudaMalloc(&array, bytes ? bytes : 1);
-  arrays.push_back(array);
+  note(cudaMalloc(&array, bytes ? bytes : 1));
+  if (array) arrays.push_back(array);
   return array;
 }
-void worker_write(void* to, const void* from, size_t bytes) { cudaMemcpy(to, from, bytes, cudaMemcpyDefault); }
-void worker_read(void* to, const void* from, size_t bytes) { cudaMemcpy(to, from, bytes, cudaMemcpyDefault); }
+void worker_write(void* to, const void* from, size_t bytes) { note(cudaMemcpy(to, from, bytes, cudaMemcpyDefault)); }
+void worker_read(void* to, const void* from, size_t bytes) { note(cudaMemcpy(to, from, bytes, cudaMemcpyDefault)); }
 void worker_set_order(unsigned) {}
-int worker_wait() { return cudaDeviceSynchronize(); }
+int worker_wait() {
+  note(cudaDeviceSynchronize());
+  const auto status = first_error;
+  first_error = cudaSuccess;
+  return status;
+}
 void worker_release() {
   for (void* array : arrays) cudaFree(array);
   arrays.clear();
 }
+const char* worker_meaning(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 }

@@ -12,27 +12,30 @@ import sys
 import tempfile
 from pathlib import Path
 from threading import Timer
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 
 from cusim.build import BENCH, BUILDS, CXX, ROOT, RUNTIME, Libraries
 
-SECONDS = 120  # until a kernel counts as hanging
+TOOL = shlex.split(os.environ.get("CUSIM_GPU_TOOL", ""))  # what kernels on a GPU run under
+SECONDS = 40 if "gpu" in BUILDS and not TOOL else 120  # until a kernel counts as hanging
+ANSWER = b"\0answer\0"  # comes before each answer of the worker; a tool may write to the same pipe before
 
 
 class Way(NamedTuple):
-    """A build (``plain``, ``asan``, ``race``; ``gpu`` where there is one) and an order of the threads: 0 first come
-    first served, 1 last come first served, from 2 on random with that seed."""
+    """A build (``plain``, ``asan``, ``race`` or ``gpu``) and an order of the threads: 0 first come first served, 1 last
+    come first served, from 2 on random with that seed."""
 
     build: str
     order: int
 
 
-WAYS = [*(Way("plain", order) for order in range(4)), Way("asan", 0), Way("race", 0), Way("race", 1)]
-if "gpu" in BUILDS:
-    WAYS.append(Way("gpu", 0))
+ORDERS = {"plain": 4, "asan": 1, "race": 2, "gpu": 1}
+WAYS = [Way(build, order) for build in BUILDS for order in range(ORDERS[build])]
+# ways whose results must agree bit by bit: never the CPU's with the GPU's, whose exponentials and divisions differ
+SAME_BITS = [way for way in WAYS if way.build == WAYS[0].build] if "gpu" not in BUILDS else [Way("gpu", 0)] * 3
 
 Array = np.ndarray | torch.Tensor
 
@@ -49,7 +52,7 @@ class Kernels:
         self._processes: dict[str, _Process] = {}
 
     def run(self, way: Way, function: str, *arguments: Array | int | float | None) -> None:
-        """Calls ``function``, which changes the arrays in place.
+        """Calls ``function``, which changes the arrays in place; in the first of the builds if ``way`` names another.
 
         Arrays (contiguous, any dtype) lie in the device's memory during the call, aligned to 256 bytes and with red
         zones between them. None is a null pointer. ``KernelError`` if anything goes wrong or the function does not
@@ -57,12 +60,15 @@ class Kernels:
         """
         views = {i: _bytes(argument) for i, argument in enumerate(arguments) if isinstance(argument, Array)}
         passed = [bytes(views[i]) if i in views else argument for i, argument in enumerate(arguments)]
+        if way.build not in BUILDS:
+            way = WAYS[0]
         if way.build not in self._processes:
-            tool = shlex.split(os.environ.get("CUSIM_GPU_TOOL", "")) if way.build == "gpu" else []
+            tool = TOOL if way.build == "gpu" else []
             self._processes[way.build] = _Process(self._libraries.path(way.build), BUILDS[way.build].preload, tool)
-        status, results = self._processes[way.build].call(function, way.order, passed)
+        status, what, results = self._processes[way.build].call(function, way.order, passed)
         if status:
-            raise KernelError(f"{function} returned {status}")
+            self._processes[way.build].end()  # most errors of a GPU stay until the process ends
+            raise KernelError(f"{function} returned {status}{what}")
         for view, result in zip(views.values(), results, strict=True):
             view[:] = np.frombuffer(result, np.uint8)
 
@@ -86,7 +92,7 @@ class _Process:
     """A worker with one library, started when needed and again after each error."""
 
     def __init__(self, library: Path, preload: str | None, tool: list[str]) -> None:
-        self._command = [*tool, sys.executable, str(BENCH / "worker.py"), str(library)]
+        self._command = [*tool, sys.executable, str(BENCH / "worker.py"), str(library), ANSWER.hex()]
         self._library = library
         self._environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
         if preload:
@@ -95,7 +101,7 @@ class _Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process lives
 
-    def call(self, *request: object) -> tuple[int, list[bytes]]:
+    def call(self, *request: object) -> tuple[int, str, list[bytes]]:
         if self._process is None:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(
@@ -108,6 +114,7 @@ class _Process:
         try:
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
+            skip_to_answer(self._process.stdout)
             return pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError):
             raise KernelError(self._last_words()) from None
@@ -132,12 +139,22 @@ class _Process:
             assert self._process.stdin and self._process.stdout
             self._process.stdin.close()  # the worker ends by itself, and a tool that runs it can sum up
             try:
-                self._process.wait(timeout=10)
+                self._process.wait(timeout=60 if TOOL else 10)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
             self._process.stdout.close()
         self._process = None
+
+
+def skip_to_answer(stream: IO[bytes]) -> None:
+    """Reads until behind ``ANSWER``; ``EOFError`` without one."""
+    read = b""
+    while not read.endswith(ANSWER):
+        byte = stream.read(1)
+        if not byte:
+            raise EOFError
+        read = (read + byte)[-len(ANSWER) :]
 
 
 def source_line(library: Path, address: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +59,22 @@ def test_errors_end_the_call_and_not_the_next_one(small: Kernels, monkeypatch: p
     with pytest.raises(KernelError, match="no answer within"):
         small.run(PLAIN, "hang")
     small.run(PLAIN, "status", 0)
+
+
+def test_a_tool_may_write_to_the_output_of_the_worker(small: Kernels) -> None:
+    noisy = ["sh", "-c", 'echo "========= COMPUTE-SANITIZER"; exec "$@"', "tool"]
+    process = kernels._Process(small._libraries.path("plain"), None, noisy)
+    assert process.call("status", 0, [0]) == (0, "", [])
+    assert process.call("status", 0, [7])[0] == 7
+    process.end()
+
+
+def test_bits_are_compared_within_a_device_only() -> None:
+    for on in ("plain asan race", "plain", "gpu"):
+        script = "from cusim.kernels import SAME_BITS, WAYS; print(*WAYS[0]); print({way.build for way in SAME_BITS})"
+        environment = os.environ | {"CUSIM_RUN_ON": on, "PYTHONPATH": str(build.ROOT / "tests")}
+        ran = subprocess.check_output([sys.executable, "-c", script], text=True, env=environment)
+        assert ran.splitlines() == [f"{on.split()[0]} 0", str({on.split()[0]})]
 
 
 def test_arrays_must_be_contiguous(small: Kernels) -> None:

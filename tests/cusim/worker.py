@@ -1,8 +1,8 @@
 """The process in which kernels run, so that an error there ends this process and not the tests.
 
-Usage: ``worker.py LIBRARY``. It reads pickled ``(function, order, arguments)`` and answers ``(status, arrays)``. An
-argument is an integer, a float, None for a null pointer, or the bytes of an array, which the answer
-has as the kernel left them.
+Usage: ``worker.py LIBRARY MARK``. It reads pickled ``(function, order, arguments)`` and answers with the mark and
+``(status, what it means, arrays)``. An argument is an integer, a float, None for a null pointer, or the bytes of an
+array, which the answer has as the kernel left them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 from typing import BinaryIO
 
 Argument = int | float | bytes | None
+Answer = tuple[int, str, list[bytes]]
 
 
-def call(library: ctypes.CDLL, function: str, order: int, arguments: list[Argument]) -> tuple[int, list[bytes]]:
+def call(library: ctypes.CDLL, function: str, order: int, arguments: list[Argument]) -> Answer:
     library.worker_allocate.restype = ctypes.c_void_p
     library.worker_set_order(order)
     passed: list[ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p] = []
@@ -39,20 +40,30 @@ def call(library: ctypes.CDLL, function: str, order: int, arguments: list[Argume
         library.worker_read(result, pointer, ctypes.c_size_t(size))
         results.append(result.raw)
     library.worker_release()
-    return status, results
+    return status, meaning(library, status), results
 
 
-def serve(library: ctypes.CDLL, requests: BinaryIO, answers: BinaryIO) -> None:
+def meaning(library: ctypes.CDLL, status: int) -> str:
+    """What a GPU calls an error."""
+    if status == 0 or not hasattr(library, "worker_meaning"):
+        return ""
+    library.worker_meaning.restype = ctypes.c_char_p
+    return f": {library.worker_meaning(status).decode()}"
+
+
+def serve(library: ctypes.CDLL, mark: bytes, requests: BinaryIO, answers: BinaryIO) -> None:
     while True:
         try:
             request = pickle.load(requests)
         except EOFError:
             return
-        pickle.dump(call(library, *request), answers)
+        answer = call(library, *request)
+        answers.write(mark)
+        pickle.dump(answer, answers)
         answers.flush()
 
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not get between the answers
-    serve(ctypes.CDLL(sys.argv[1]), sys.stdin.buffer, answers)
+    serve(ctypes.CDLL(sys.argv[1]), bytes.fromhex(sys.argv[2]), sys.stdin.buffer, answers)

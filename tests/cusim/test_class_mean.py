@@ -77,7 +77,7 @@ def check_memory(results: tuple[Tensor, Tensor | None], memory: Memory) -> None:
 
 
 @pytest.fixture(scope="module")
-def memory_mean(kernels: Callable[..., Kernels]) -> Kernels:
+def class_mean(kernels: Callable[..., Kernels]) -> Kernels:
     return kernels("positive", "class_mean")
 
 
@@ -85,22 +85,22 @@ def memory_mean(kernels: Callable[..., Kernels]) -> Kernels:
     ("dim", "capacity"), [(1, 5), (3, 40), (64, 40), (256, 9), (257, 20), (720, 20), (2048, 20), (5, 600), (16, 513)]
 )
 @pytest.mark.parametrize("dtype", TYPES)
-def test_agrees_with_the_formula(memory_mean: Kernels, dim: int, capacity: int, dtype: torch.dtype):
+def test_agrees_with_the_formula(class_mean: Kernels, dim: int, capacity: int, dtype: torch.dtype):
     memory = make_memory(dim, 3, capacity, dtype)
-    check_memory(run_memory(memory_mean, PLAIN, memory), memory)
+    check_memory(run_memory(class_mean, PLAIN, memory), memory)
 
 
-def test_every_way(memory_mean: Kernels, way: Way):
+def test_every_way(class_mean: Kernels, way: Way):
     memory = make_memory(24, 3, 300, torch.float32)
-    check_memory(run_memory(memory_mean, way, memory), memory)
+    check_memory(run_memory(class_mean, way, memory), memory)
 
 
-def test_without_weights(memory_mean: Kernels):
+def test_without_weights(class_mean: Kernels):
     memory = replace(make_memory(64, 3, 30, torch.float16), weights=None)
-    check_memory(run_memory(memory_mean, PLAIN, memory), memory)
+    check_memory(run_memory(class_mean, PLAIN, memory), memory)
 
 
-def test_without_room(memory_mean: Kernels):
+def test_without_room(class_mean: Kernels):
     memory = Memory(torch.zeros(2, 0, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 0), torch.ones(2, 8))
-    mean, _ = run_memory(memory_mean, PLAIN, memory)
+    mean, _ = run_memory(class_mean, PLAIN, memory)
     assert not mean.any()
