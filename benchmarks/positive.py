@@ -33,14 +33,14 @@ class Positive(SettledProblem):
     features: Tensor  # [P, D]
     labels: Tensor  # [P] int64, every one a class
     queue: Tensor  # [C, N, D], unit rows
-    weights: Tensor  # [P] logits
-    queue_weights: Tensor | None  # [C, N] logits, or None: all rows weigh the same, as in the released code
+    weight_logits: Tensor  # [P] logits
+    queue_weight_logits: Tensor | None  # [C, N] logits, or None: all rows weigh the same, as in the released code
 
     def __post_init__(self) -> None:
         self.dtype = self.features.dtype
-        self.leaves = {"features": self.features, "weights": self.weights}
-        if self.queue_weights is not None:
-            self.leaves["queue_weights"] = self.queue_weights
+        self.leaves = {"features": self.features, "weight_logits": self.weight_logits}
+        if self.queue_weight_logits is not None:
+            self.leaves["queue_weight_logits"] = self.queue_weight_logits
         for leaf in self.leaves.values():
             leaf.requires_grad_()
 
@@ -68,9 +68,9 @@ class Positive(SettledProblem):
         return Work(bytes=2 * rows * size + self.queue.numel() * size, flops=7 * rows, dtype=torch.float32)
 
     def truth(self) -> Results:
-        features, queue, weights = (t.detach().double() for t in (self.features, self.queue, self.weights))
-        queue_weights = None if self.queue_weights is None else self.queue_weights.detach().double()
-        return differentiate(all_pairs, Positive(features, self.labels, queue, weights, queue_weights))
+        features, queue, weight_logits = (t.detach().double() for t in (self.features, self.queue, self.weight_logits))
+        queue_weight_logits = None if self.queue_weight_logits is None else self.queue_weight_logits.detach().double()
+        return differentiate(all_pairs, Positive(features, self.labels, queue, weight_logits, queue_weight_logits))
 
 
 def extension(problem: Positive) -> Tensor:
@@ -84,9 +84,10 @@ def reference(problem: Positive) -> Tensor:
 
 
 def _pixcontrast(problem: Positive, backend: str) -> Tensor:
-    weights, queue_weights = problem.weights, problem.queue_weights
+    weight_logits, queue_weight_logits = problem.weight_logits, problem.queue_weight_logits
     return positive_contrast(
-        problem.features, problem.labels, problem.queue, weights=weights, queue_weights=queue_weights, backend=backend,
+        problem.features, problem.labels, problem.queue, weight_logits=weight_logits,
+        queue_weight_logits=queue_weight_logits, backend=backend,
         ignore_index=-1,  # class 255 of a thousand is a class like any other
     ).loss  # fmt: skip
 
@@ -98,10 +99,10 @@ def kept_means(problem: Positive) -> Step:
     mean = memory_mean(problem.queue, counts)
 
     def step() -> Results:
-        loss, _, _, _, features, weights, _ = torch.ops.pixcontrast.positive(
-            problem.features, problem.labels, problem.weights, mean, counts, 1.0, -1, True, True, False
+        loss, _, _, _, features, weight_logits, _ = torch.ops.pixcontrast.positive(
+            problem.features, problem.labels, problem.weight_logits, mean, counts, 1.0, -1, True, True, False
         )
-        return {"loss": loss, "features": features, "weights": weights}
+        return {"loss": loss, "features": features, "weight_logits": weight_logits}
 
     return step
 
@@ -112,8 +113,10 @@ def all_pairs(problem: Positive) -> Tensor:
     loss = problem.features.new_zeros(())
     for c in range(classes):
         mask = problem.labels == c
-        queue_weights = None if problem.queue_weights is None else problem.queue_weights[c]
-        loss = loss + class_pairs(problem.features[mask], problem.queue[c], problem.weights[mask], queue_weights)
+        queue_weight_logits = None if problem.queue_weight_logits is None else problem.queue_weight_logits[c]
+        loss = loss + class_pairs(
+            problem.features[mask], problem.queue[c], problem.weight_logits[mask], queue_weight_logits
+        )
     return loss / classes
 
 
@@ -166,7 +169,9 @@ class OneHot(torch.autograd.Function):
 
 def one_hot(problem: Positive) -> Tensor:
     """The best eager PyTorch known."""
-    return OneHot.apply(problem.features, problem.labels, problem.queue, problem.weights, problem.queue_weights)
+    return OneHot.apply(
+        problem.features, problem.labels, problem.queue, problem.weight_logits, problem.queue_weight_logits
+    )
 
 
 def _index_add(features: Tensor, labels: Tensor, queue: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
@@ -182,7 +187,9 @@ def _index_add(features: Tensor, labels: Tensor, queue: Tensor, a: Tensor, b: Te
 def compiled(problem: Positive) -> Step:
     """The factorised form written for the compiler, under ``torch.compile``."""
     loss = torch.compile(_index_add, dynamic=False)
-    return forward_and_backward(lambda p: loss(p.features, p.labels, p.queue, p.weights, p.queue_weights))(problem)
+    return forward_and_backward(lambda p: loss(p.features, p.labels, p.queue, p.weight_logits, p.queue_weight_logits))(
+        problem
+    )
 
 
 CONTENDERS: dict[str, Contender] = {

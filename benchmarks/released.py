@@ -39,7 +39,7 @@ class Checkouts:
 
     def contender(self, problem: Problem) -> Contender | None:
         """The released function for this problem; ``None`` without a checkout, or if it computes something else."""
-        if isinstance(problem, Positive) and self.semiseg and problem.queue_weights is None:
+        if isinstance(problem, Positive) and self.semiseg and problem.queue_weight_logits is None:
             return _released_on(self.semiseg, positive_step)
         if isinstance(problem, Selectors) and self.semiseg and problem.released and not problem.autocast:
             return _released_on(self.semiseg, selectors_step)
@@ -99,7 +99,7 @@ def positive_step(folder: Path, problem: Positive) -> Callable[[Positive], Tenso
     memory = list(problem.queue.cpu().numpy())  # the released memory is kept in NumPy
 
     def given(rows: Tensor, c: int) -> Tensor:
-        return problem.weights[problem.labels == c]
+        return problem.weight_logits[problem.labels == c]
 
     model = _Model(given, lambda rows, c: rows.new_zeros(len(rows)))
     return lambda p: function(model, p.features, p.labels, len(memory), memory)

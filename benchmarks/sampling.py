@@ -145,7 +145,7 @@ def pixcontrast(backend: str) -> Contender:
             problem.cells, problem.predict,
             max_samples=problem.max_samples, max_views=problem.max_views, ignore_index=-1,
         )  # fmt: skip
-        return problem.loss_of(gather(problem.features, anchors.pixels.clamp_min(0)), anchors.labels)
+        return problem.loss_of(gather(problem.features, anchors.indices.clamp_min(0)), anchors.labels)
 
     return forward_and_backward(loss)
 

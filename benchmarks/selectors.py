@@ -118,9 +118,9 @@ def all_pairs(problem: Selectors) -> Tensor:
         rows = problem.rows[problem.labels == c]
         if len(rows) < 2:
             continue
-        weights = weigh(problem.branch.selector_input(rows.detach()), c)
-        queue_weights = None if problem.released else weigh_memory(memory, c).to(rows.dtype)
-        loss = loss + positive.class_pairs(rows, memory, weights.to(rows.dtype), queue_weights)
+        weight_logits = weigh(problem.branch.selector_input(rows.detach()), c)
+        queue_weight_logits = None if problem.released else weigh_memory(memory, c).to(rows.dtype)
+        loss = loss + positive.class_pairs(rows, memory, weight_logits.to(rows.dtype), queue_weight_logits)
     return loss / len(problem.memory)
 
 
@@ -131,12 +131,12 @@ def sorted_classes(problem: Selectors) -> Tensor:
     members = torch.bincount(problem.labels, minlength=len(problem.memory)).tolist()
     inputs = problem.branch.selector_input(problem.rows.detach())[order].split(members)
     logits = torch.cat([weigh(part, c) for c, part in enumerate(inputs)]).float()
-    weights = torch.zeros_like(logits).scatter(0, order, logits)
-    queue_weights = None
+    weight_logits = torch.zeros_like(logits).scatter(0, order, logits)
+    queue_weight_logits = None
     if not problem.released:
-        queue_weights = torch.stack([weigh_memory(part, c) for c, part in enumerate(problem.memory)]).float()
+        queue_weight_logits = torch.stack([weigh_memory(part, c) for c, part in enumerate(problem.memory)]).float()
     with torch.autocast(problem.rows.device.type, enabled=False):
-        return positive.OneHot.apply(problem.rows, problem.labels, problem.memory, weights, queue_weights)
+        return positive.OneHot.apply(problem.rows, problem.labels, problem.memory, weight_logits, queue_weight_logits)
 
 
 def pixcontrast(backend: str) -> Contender:
@@ -145,13 +145,17 @@ def pixcontrast(backend: str) -> Contender:
 
     def loss(problem: Selectors) -> Tensor:
         branch, memory = problem.branch, problem.memory
-        weights = branch.select_features(branch.selector_input(problem.rows.detach()), problem.labels)
-        queue_weights = None
+        weight_logits = branch.select_features(branch.selector_input(problem.rows.detach()), problem.labels)
+        queue_weight_logits = None
         if not problem.released:
             classes = torch.arange(len(memory), device=memory.device).repeat_interleave(memory.shape[1])
-            queue_weights = branch.select_memory(memory.flatten(0, 1), classes).view(memory.shape[:2])
+            queue_weight_logits = branch.select_memory(memory.flatten(0, 1), classes).view(memory.shape[:2])
         return criterion(
-            problem.rows, problem.labels, queue=branch.memory, weights=weights, queue_weights=queue_weights
+            problem.rows,
+            problem.labels,
+            queue=branch.memory,
+            weight_logits=weight_logits,
+            queue_weight_logits=queue_weight_logits,
         )
 
     return _contender(loss)

@@ -220,7 +220,7 @@ class ContrastBranch(nn.Module):
         label = self._labels(features, labels, "forward")
         if self.objective == "infonce":
             anchors = self.criterion.anchors(label, predict, generator)
-            rows, used = self._anchor_rows(features, label, anchors), anchors.pixels >= 0
+            rows, used = self._anchor_rows(features, label, anchors), anchors.indices >= 0
             listed = Anchors(_places(used), anchors.labels)
             queue = self.memory if self.capacity > 0 else None
             # normalize() of autocast gives float32, and products of mixed dtypes would run in float32
@@ -231,24 +231,29 @@ class ContrastBranch(nn.Module):
         valid = label >= 0
         rows = self.predict(self.project.at(features, _places(valid)), valid)
         # selectors learn what to weigh; they do not push the features (their input is detached)
-        weights = self.select_features(self.selector_input(rows.detach()), label)
+        weight_logits = self.select_features(self.selector_input(rows.detach()), label)
         label = torch.where(valid, label, self.ignore_index)
-        queue_weights = None if self.variant == "released" else self._memory_weights()
+        queue_weight_logits = None if self.variant == "released" else self._memory_weight_logits()
         return self.criterion(
-            rows, label, queue=self.memory, weights=weights, queue_weights=queue_weights, return_stats=return_stats
+            rows,
+            label,
+            queue=self.memory,
+            weight_logits=weight_logits,
+            queue_weight_logits=queue_weight_logits,
+            return_stats=return_stats,
         )
 
     def _anchor_rows(self, features: Tensor, label: Tensor, anchors: Anchors) -> Tensor:
         """Projections of the anchors ``[R, dim]``."""
         if not self.dense:
-            return self.project.at(features, anchors.pixels)
-        return self.project.at(features, _places(label.reshape(-1) >= 0))[anchors.pixels.clamp_min(0)]
+            return self.project.at(features, anchors.indices)
+        return self.project.at(features, _places(label.reshape(-1) >= 0))[anchors.indices.clamp_min(0)]
 
     def selector_input(self, rows: Tensor) -> Tensor:
         """What the feature selectors see: unit rows; rows of any norm in the released variant."""
         return rows if self.variant == "released" else unit_rows(rows)
 
-    def _memory_weights(self) -> Tensor:
+    def _memory_weight_logits(self) -> Tensor:
         """Weight logits ``[C, N]`` of the memory rows."""
         memory = self.memory
         classes = torch.arange(memory.num_classes, device=memory.rows.device)[:, None]

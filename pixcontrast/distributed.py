@@ -44,24 +44,24 @@ def rank_share(log_weight: Tensor, present: Tensor) -> Tensor:
     return weight / sum_over_ranks(weight).clamp_min(info.tiny)
 
 
-def mean_over_ranks(mean: Tensor, counts: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def mean_over_ranks(mean: Tensor, counts: Tensor, weight_logits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Class means of a memory that is spread over the ranks, from the means of its parts: about ``4 C D`` bytes.
 
     Args:
         mean: ``[C, D]``, weighted mean unit row of each class on this rank, as of
             :func:`pixcontrast.functional.memory_mean`.
         counts: ``[C]`` int64, rows of each class on this rank, the first of ``N``.
-        weights: ``[C, N]`` logits that the mean was weighted by; ``None``: all alike.
+        weight_logits: ``[C, N]`` logits that the mean was weighted by; ``None``: all alike.
 
     Returns:
-        the weighted mean ``[C, D]`` over the rows of all ranks, whose gradient reaches ``mean`` and ``weights`` of each
-        rank; and how many rows that are ``[C]`` int64.
+        the weighted mean ``[C, D]`` over the rows of all ranks, whose gradient reaches ``mean`` and ``weight_logits``
+        of each rank; and how many rows that are ``[C]`` int64.
     """
-    if weights is None:
+    if weight_logits is None:
         log_weight = counts.to(mean.dtype).log()
     else:
-        filled = torch.arange(weights.shape[1], device=counts.device) < counts[:, None]
-        log_weight = _log_weight(weights.to(mean.dtype), filled, dim=1)
+        filled = torch.arange(weight_logits.shape[1], device=counts.device) < counts[:, None]
+        log_weight = _log_weight(weight_logits.to(mean.dtype), filled, dim=1)
     total = counts.clone()
     dist.all_reduce(total)
     return sum_over_ranks(rank_share(log_weight, counts > 0)[:, None] * mean), total
@@ -73,7 +73,7 @@ def contrast_over_ranks(
     mean: Tensor,
     counts: Tensor,
     *,
-    weights: Tensor | None = None,
+    weight_logits: Tensor | None = None,
     ignore_index: int = 255,
     loss_weight: float = 1.0,
     backend: str = "auto",
@@ -95,10 +95,10 @@ def contrast_over_ranks(
     member = labels.reshape(-1, 1) == torch.arange(classes, device=labels.device)
     pixels = member.sum(0)
     present = pixels >= MIN_ROWS
-    if weights is None:
+    if weight_logits is None:
         log_weight = pixels.to(dtype).log()
     else:
-        log_weight = _log_weight(weights.reshape(-1, 1).to(dtype), member, dim=0)
+        log_weight = _log_weight(weight_logits.reshape(-1, 1).to(dtype), member, dim=0)
     share = rank_share(log_weight, present)
     fixed = dist.get_world_size() * share.detach()
     part = contrast_with_mean(
@@ -106,7 +106,7 @@ def contrast_over_ranks(
         labels,
         mean.to(dtype) * fixed[:, None],
         counts,
-        weights=weights,
+        weight_logits=weight_logits,
         ignore_index=ignore_index,
         loss_weight=loss_weight,
         backend=backend,

@@ -32,7 +32,7 @@ class PositiveOutput(NamedTuple):
     """Scalar in the accumulation dtype (float32, or float64 for float64 features)."""
     class_loss: Tensor
     """``[C]``: one minus the weighted mean similarity of each class; 0 where a class takes no part. No gradient."""
-    pixels: Tensor
+    counts: Tensor
     """``[C]`` int64: valid rows of each class."""
 
 
@@ -53,13 +53,13 @@ def uses_extension(backend: str, device: torch.device, dtype: torch.dtype) -> bo
     return missing is None
 
 
-def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, backend: str = "auto") -> Tensor:
+def memory_mean(queue: Tensor, counts: Tensor, weight_logits: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Weighted mean unit row of each class of a memory; see :func:`pixcontrast.reference.memory_mean`.
 
     Args:
         queue: ``[C, N, D]``, a constant (no gradient); the first ``counts[c]`` rows of class c are valid.
         counts: ``[C]`` int64.
-        weights: ``[C, N]`` logits of the rows' weights, with gradient; ``None``: all alike.
+        weight_logits: ``[C, N]`` logits of the rows' weights, with gradient; ``None``: all alike.
         backend: ``"auto"``, ``"extension"`` or ``"reference"``.
 
     Returns:
@@ -73,16 +73,16 @@ def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None, ba
         raise ValueError(f"queue must be [C, N, D], got {tuple(queue.shape)}")
     check_like("counts", counts, (queue.shape[0],), queue.device)
     check_int64("counts", counts)
-    if weights is not None:
-        check_like("queue_weights", weights, tuple(queue.shape[:2]), queue.device)
-        check_float("queue_weights", weights)
-        weights = weights.to(reference.accumulation_dtype(queue.dtype))
+    if weight_logits is not None:
+        check_like("queue_weight_logits", weight_logits, tuple(queue.shape[:2]), queue.device)
+        check_float("queue_weight_logits", weight_logits)
+        weight_logits = weight_logits.to(reference.accumulation_dtype(queue.dtype))
     queue = queue.detach()
     if uses_extension(backend, queue.device, queue.dtype):
-        if weights is None:  # nothing to differentiate
+        if weight_logits is None:  # nothing to differentiate
             return torch.ops.pixcontrast.class_mean(queue, counts, None)
-        return MemoryMean.apply(queue, counts, weights)
-    return reference.memory_mean(queue, counts, weights)
+        return MemoryMean.apply(queue, counts, weight_logits)
+    return reference.memory_mean(queue, counts, weight_logits)
 
 
 def positive_contrast(
@@ -91,8 +91,8 @@ def positive_contrast(
     queue: Tensor,
     *,
     queue_counts: Tensor | None = None,
-    weights: Tensor | None = None,
-    queue_weights: Tensor | None = None,
+    weight_logits: Tensor | None = None,
+    queue_weight_logits: Tensor | None = None,
     ignore_index: int = 255,
     loss_weight: float = 1.0,
     backend: str = "auto",
@@ -107,14 +107,14 @@ def positive_contrast(
         labels: ``[P]`` or ``[B, H, W]`` int64, each in ``[0, C)`` or ``ignore_index``.
         queue: ``[C, N, D]``, a constant.
         queue_counts: ``[C]`` int64, valid rows of each class, first in the queue; ``None``: all.
-        weights: logits of the pixels' weights in the shape of ``labels``; ``None``: all alike.
-        queue_weights: ``[C, N]`` logits of the memory rows' weights; ``None``: all alike.
+        weight_logits: logits of the pixels' weights in the shape of ``labels``; ``None``: all alike.
+        queue_weight_logits: ``[C, N]`` logits of the memory rows' weights; ``None``: all alike.
         ignore_index: label of pixels that take no part.
         loss_weight: factor of the loss.
         backend: ``"auto"``, ``"extension"`` or ``"reference"``.
 
     Returns:
-        :class:`PositiveOutput`. Gradients reach ``features``, ``weights`` and ``queue_weights``.
+        :class:`PositiveOutput`. Gradients reach ``features``, ``weight_logits`` and ``queue_weight_logits``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or (on CPU) label values that do not fit, named.
@@ -123,13 +123,13 @@ def positive_contrast(
     check_queue(queue, features)
     if queue_counts is None:
         queue_counts = torch.full((queue.shape[0],), queue.shape[1], dtype=torch.int64, device=queue.device)
-    mean = memory_mean(queue, queue_counts, queue_weights, backend)
+    mean = memory_mean(queue, queue_counts, queue_weight_logits, backend)
     return contrast_with_mean(
         features,
         labels,
         mean,
         queue_counts,
-        weights=weights,
+        weight_logits=weight_logits,
         ignore_index=ignore_index,
         loss_weight=loss_weight,
         backend=backend,
@@ -142,7 +142,7 @@ def contrast_with_mean(
     mean: Tensor,
     counts: Tensor,
     *,
-    weights: Tensor | None = None,
+    weight_logits: Tensor | None = None,
     ignore_index: int = 255,
     loss_weight: float = 1.0,
     backend: str = "auto",
@@ -152,10 +152,10 @@ def contrast_with_mean(
     Args:
         mean: ``[C, D]``, the weighted mean unit row of each class, as of :func:`memory_mean`.
         counts: ``[C]`` int64, how many rows each of them is the mean of.
-        features, labels, weights, ignore_index, loss_weight, backend: as there.
+        features, labels, weight_logits, ignore_index, loss_weight, backend: as for :func:`positive_contrast`.
 
     Returns:
-        :class:`PositiveOutput`. Gradients reach ``features``, ``weights`` and ``mean``.
+        :class:`PositiveOutput`. Gradients reach ``features``, ``weight_logits`` and ``mean``.
 
     Raises:
         ValueError, TypeError: as there.
@@ -167,23 +167,23 @@ def contrast_with_mean(
     check_like("counts", counts, (mean.shape[0],), features.device)
     check_int64("counts", counts)
     mean = mean.to(reference.accumulation_dtype(features.dtype))
-    if weights is not None:
-        check_like("weights", weights, shape, features.device)
-        check_float("weights", weights)
-        weights = weights.to(mean.dtype)
+    if weight_logits is not None:
+        check_like("weight_logits", weight_logits, shape, features.device)
+        check_float("weight_logits", weight_logits)
+        weight_logits = weight_logits.to(mean.dtype)
     if not torch.is_grad_enabled():  # a Function is told of leaves that want a gradient all the same
         features, mean = features.detach(), mean.detach()
-        weights = None if weights is None else weights.detach()
+        weight_logits = None if weight_logits is None else weight_logits.detach()
     if uses_extension(backend, features.device, features.dtype):
         loss, class_loss, pixels, unknown = Positive.apply(
-            features, labels, weights, mean, counts, loss_weight, ignore_index
+            features, labels, weight_logits, mean, counts, loss_weight, ignore_index
         )
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and unknown.item():
             check_label_values(labels, mean.shape[0], ignore_index, "labels")
         return PositiveOutput(loss, class_loss, pixels)
     check_label_values(labels, mean.shape[0], ignore_index, "labels")
     labels = torch.where(labels == ignore_index, -1, labels)
-    return PositiveOutput(*reference.positive(features, labels, weights, mean, counts, loss_weight))
+    return PositiveOutput(*reference.positive(features, labels, weight_logits, mean, counts, loss_weight))
 
 
 class InfoNCEOutput(NamedTuple):

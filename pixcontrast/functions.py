@@ -14,17 +14,17 @@ class MemoryMean(torch.autograd.Function):
     """Weighted mean unit row of each class, see :func:`pixcontrast.reference.memory_mean`. The queue is a constant."""
 
     @staticmethod
-    def forward(ctx: Any, queue: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.save_for_backward(queue, counts, weights)
-        return torch.ops.pixcontrast.class_mean(queue, counts, weights)
+    def forward(ctx: Any, queue: Tensor, counts: Tensor, weight_logits: Tensor | None) -> Tensor:
+        ctx.save_for_backward(queue, counts, weight_logits)
+        return torch.ops.pixcontrast.class_mean(queue, counts, weight_logits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[None, None, Tensor | None]:
-        queue, counts, weights = ctx.saved_tensors
+        queue, counts, weight_logits = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:
             return None, None, None
-        return None, None, torch.ops.pixcontrast.class_mean_backward(grad_mean, queue, counts, weights)
+        return None, None, torch.ops.pixcontrast.class_mean_backward(grad_mean, queue, counts, weight_logits)
 
 
 class Positive(torch.autograd.Function):
@@ -39,7 +39,7 @@ class Positive(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         labels: Tensor,
-        weights: Tensor | None,
+        weight_logits: Tensor | None,
         mean: Tensor,
         counts: Tensor,
         loss_weight: float,
@@ -47,7 +47,7 @@ class Positive(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
         loss, class_loss, pixels, unknown, *grads = torch.ops.pixcontrast.positive(
-            features, labels, weights, mean, counts, loss_weight, ignore_index, *ctx.needs
+            features, labels, weight_logits, mean, counts, loss_weight, ignore_index, *ctx.needs
         )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
@@ -56,8 +56,8 @@ class Positive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        features, weights, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
-        return features, None, weights, mean, None, None, None
+        features, weight_logits, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        return features, None, weight_logits, mean, None, None, None
 
 
 class InfoNCE(torch.autograd.Function):

@@ -120,8 +120,8 @@ class PixelContrastLoss(nn.Module):
         predict: Tensor | None = None,
         queue: Queue | Sequence[Queue] | None = None,
         *,
-        weights: Tensor | None = None,
-        queue_weights: Tensor | None = None,
+        weight_logits: Tensor | None = None,
+        queue_weight_logits: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, InfoNCEStats] | tuple[Tensor, ContrastStats]:
@@ -134,8 +134,8 @@ class PixelContrastLoss(nn.Module):
             predict: predicted classes like ``labels``, at any resolution (infonce; ``None``: all count as right).
             queue: a :class:`ClassMemory` or rows ``[C, N, D]``; for infonce also several of them (a pixel and a region
                 queue, say), which are never copied into one, or ``None`` to contrast the anchors with each other.
-            weights: ``[P]`` or ``[B, h, w]`` logits of the pixels' attention weights (positive).
-            queue_weights: ``[C, N]`` logits of the rows' attention weights (positive).
+            weight_logits: ``[P]`` or ``[B, h, w]`` logits of the pixels' attention weights (positive).
+            queue_weight_logits: ``[C, N]`` logits of the rows' attention weights (positive).
             generator: of the device of the labels, to repeat the choice of anchors (infonce).
             return_stats: also return statistics.
 
@@ -155,49 +155,49 @@ class PixelContrastLoss(nn.Module):
         if labels.dtype != torch.int64:
             raise TypeError(f"labels must be int64, got {labels.dtype}; use labels.long()")
         if self.objective == "infonce":
-            if weights is not None or queue_weights is not None:
-                raise ValueError('weights and queue_weights are for objective="positive" alone')
+            if weight_logits is not None or queue_weight_logits is not None:
+                raise ValueError('weight_logits and queue_weight_logits are for objective="positive" alone')
             return self.contrast(feats, self.anchors(labels, predict, generator), queue, return_stats=return_stats)
         if queue is None or not isinstance(queue, ClassMemory | Tensor):
             raise ValueError(f'objective="positive" needs queue, a ClassMemory or a tensor, got {type(queue).__name__}')
-        return self._positive(feats, labels, queue, weights, queue_weights, return_stats)
+        return self._positive(feats, labels, queue, weight_logits, queue_weight_logits, return_stats)
 
     def _positive(
         self,
         feats: Tensor,
         labels: Tensor,
         queue: Queue,
-        weights: Tensor | None,
-        queue_weights: Tensor | None,
+        weight_logits: Tensor | None,
+        queue_weight_logits: Tensor | None,
         return_stats: bool,
     ) -> Tensor | tuple[Tensor, ContrastStats]:
         rows, _ = _rows_and_counts(queue)
         check_queue(rows, feats)
         if isinstance(queue, ClassMemory):
-            mean, counts = queue.mean(queue_weights, self.backend)
+            mean, counts = queue.mean(queue_weight_logits, self.backend)
         else:
             counts = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
-            mean = memory_mean(rows, counts, queue_weights, self.backend)
+            mean = memory_mean(rows, counts, queue_weight_logits, self.backend)
         contrast = contrast_over_ranks if self.across_ranks and world_size() > 1 else contrast_with_mean
         output = contrast(
             feats,
             labels,
             mean,
             counts,
-            weights=weights,
+            weight_logits=weight_logits,
             ignore_index=self.ignore_index,
             loss_weight=self.loss_weight,
             backend=self.backend,
         )
         if not return_stats and self.on_empty == "zero":
             return output.loss
-        taking_part = (output.pixels >= MIN_ROWS) & (counts >= MIN_ROWS)
+        taking_part = (output.counts >= MIN_ROWS) & (counts >= MIN_ROWS)
         self._complain_if_empty(taking_part, "two pixels with its label and two rows in the memory")
         if not return_stats:
             return output.loss
         similarity = torch.where(taking_part, 1 - output.class_loss, float("nan"))
         capacity = queue.total_capacity if isinstance(queue, ClassMemory) else rows.shape[1]
-        return output.loss, ContrastStats(output.pixels, similarity, counts / capacity)
+        return output.loss, ContrastStats(output.counts, similarity, counts / capacity)
 
     def contrast(
         self,

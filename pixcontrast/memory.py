@@ -131,25 +131,25 @@ class ClassMemory(nn.Module):
     def _gathers(self) -> bool:
         return self.sync == "gather" and world_size() > 1
 
-    def mean(self, weights: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    def mean(self, weight_logits: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """Weighted mean unit row of each class; with ``sync="reduce"``, over the rows of all ranks.
 
         Then every rank must call it equally often, and the gradient reaches the weights of every rank.
 
         Args:
-            weights: ``[C, N]`` logits of the attention weights of this rank's rows; ``None``: all alike.
+            weight_logits: ``[C, N]`` logits of the attention weights of this rank's rows; ``None``: all alike.
             backend: ``"auto"``, ``"extension"`` or ``"reference"``.
 
         Returns:
             ``[C, D]`` float32 (float64 for float64 rows), zero for an empty class; and how many rows ``[C]`` int64.
 
         Raises:
-            ValueError, TypeError: weights that do not fit, named.
+            ValueError, TypeError: weight_logits that do not fit, named.
         """
-        mean = memory_mean(self.rows, self.counts, weights, backend)
+        mean = memory_mean(self.rows, self.counts, weight_logits, backend)
         if self.sync != "reduce" or world_size() == 1:
             return mean, self.counts
-        return mean_over_ranks(mean, self.counts, weights)
+        return mean_over_ranks(mean, self.counts, weight_logits)
 
     def choose(
         self, labels: Tensor, scores: Tensor | None, quota: int | None, images: Tensor | None, num_images: int

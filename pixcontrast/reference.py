@@ -35,13 +35,13 @@ def unit_rows(rows: Tensor) -> Tensor:
     return safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
 
 
-def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+def memory_mean(queue: Tensor, counts: Tensor, weight_logits: Tensor | None = None) -> Tensor:
     """Weighted mean unit row of each class of a memory.
 
     Args:
         queue: ``[C, N, D]`` rows; only the first ``counts[c]`` rows of class c are valid.
         counts: ``[C]`` int64.
-        weights: ``[C, N]`` logits ``b``; ``None`` gives every row the same weight.
+        weight_logits: ``[C, N]`` logits ``b``; ``None`` gives every row the same weight.
 
     Returns:
         ``[C, D]`` in the accumulation dtype; zero for an empty class.
@@ -49,7 +49,9 @@ def memory_mean(queue: Tensor, counts: Tensor, weights: Tensor | None = None) ->
     dtype = accumulation_dtype(queue.dtype)
     valid = torch.arange(queue.shape[1], device=queue.device) < counts[:, None]
     rows = unit_rows(torch.where(valid[..., None], queue, 0).to(dtype))
-    logits = torch.zeros(valid.shape, dtype=dtype, device=queue.device) if weights is None else weights.to(dtype)
+    logits = (
+        torch.zeros(valid.shape, dtype=dtype, device=queue.device) if weight_logits is None else weight_logits.to(dtype)
+    )
     # sigma(b)/sum sigma(b) is the softmax of log sigma(b), which stays finite for logits of any size.
     log_sigma = logsigmoid(torch.where(valid, logits, 0)).masked_fill(~valid, torch.finfo(dtype).min)
     share = torch.where(valid, torch.softmax(log_sigma, dim=1), 0)
@@ -84,7 +86,7 @@ def project(features: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
 def positive(
     features: Tensor,
     labels: Tensor,
-    weights: Tensor | None,
+    weight_logits: Tensor | None,
     mean: Tensor,
     memory_counts: Tensor,
     loss_weight: float = 1.0,
@@ -94,7 +96,7 @@ def positive(
     Args:
         features: ``[P, D]`` or ``[B, D, H, W]``.
         labels: ``[P]`` or ``[B, H, W]`` int64; anything outside ``[0, C)`` is left out.
-        weights: logits ``a`` in the shape of ``labels``; ``None`` weighs all rows of a class alike.
+        weight_logits: logits ``a`` in the shape of ``labels``; ``None`` weighs all rows of a class alike.
         mean: ``[C, D]`` from :func:`memory_mean`.
         memory_counts: ``[C]`` int64, valid memory rows of each class.
         loss_weight: factor of the loss.
@@ -110,7 +112,7 @@ def positive(
     rows = unit_rows(torch.where(valid[:, None], as_rows(features), 0).to(dtype))
 
     pixels = torch.zeros(num_classes, dtype=torch.int64, device=label.device).index_add(0, index, valid.long())
-    share = _class_share(weights, index, valid, num_classes, dtype)
+    share = _class_share(weight_logits, index, valid, num_classes, dtype)
     means = torch.zeros(num_classes, rows.shape[1], dtype=dtype, device=rows.device).index_add(
         0, index, share[:, None] * rows
     )
@@ -119,12 +121,14 @@ def positive(
     return class_loss.sum() * (loss_weight / num_classes), class_loss.detach(), pixels
 
 
-def _class_share(weights: Tensor | None, index: Tensor, valid: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+def _class_share(
+    weight_logits: Tensor | None, index: Tensor, valid: Tensor, num_classes: int, dtype: torch.dtype
+) -> Tensor:
     """``w_i [P]``: sigma(a_i) over the sum of its class, computed from log sigma with the class maximum subtracted."""
-    if weights is None:
+    if weight_logits is None:
         score = valid.to(dtype)
     else:
-        log_sigma = logsigmoid(torch.where(valid, weights.reshape(-1).to(dtype), 0))
+        log_sigma = logsigmoid(torch.where(valid, weight_logits.reshape(-1).to(dtype), 0))
         lowest = torch.full((num_classes,), torch.finfo(dtype).min, dtype=dtype, device=index.device)
         masked = torch.where(valid, log_sigma, torch.finfo(dtype).min)
         top = lowest.scatter_reduce(0, index, masked.detach(), "amax")

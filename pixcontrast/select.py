@@ -58,8 +58,8 @@ def confident(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
 class Anchors(NamedTuple):
     """Pixels that act as anchors, in a list of fixed length."""
 
-    pixels: Tensor
-    """``[R]`` int64: pixel in ``[B * h * w]``, or -1 for an unused place."""
+    indices: Tensor
+    """``[R]`` int64: index of the pixel in ``[B * h * w]``, or -1 for an unused place."""
     labels: Tensor
     """``[R]`` int64: class of the pixel, or -1."""
 

@@ -16,7 +16,7 @@ from .select import Anchors
 class ContrastStats(NamedTuple):
     """Statistics of the positive objective."""
 
-    pixels: Tensor
+    counts: Tensor
     """``[C]`` int64: valid pixels of each class."""
     similarity: Tensor
     """``[C]``: weighted mean cosine similarity of the pixels of each class with its memory; NaN where it has none."""
@@ -54,8 +54,8 @@ def infonce_stats(
 ) -> InfoNCEStats:
     """Statistics of one call; similarities come from the sums of the keys of each class, not from pairs."""
     dtype = accumulation_dtype(features.dtype)
-    rows = as_rows(features.detach())[anchors.pixels.clamp_min(0)].to(dtype)
-    used = anchors.pixels >= 0
+    rows = as_rows(features.detach())[anchors.indices.clamp_min(0)].to(dtype)
+    used = anchors.indices >= 0
     if queues:
         classes = queues[0].shape[0]
         sums = torch.zeros(classes, features.shape[1], dtype=dtype, device=features.device)

@@ -22,14 +22,14 @@ def positive_pairs(
     labels: Tensor,
     queue: Tensor,
     counts: Tensor,
-    weights: Tensor | None,
-    queue_weights: Tensor | None,
+    weight_logits: Tensor | None,
+    queue_weight_logits: Tensor | None,
     loss_weight: float = 1.0,
 ) -> Tensor:
     """``loss_weight / C * sum_c sum_ij w_i v_j (1 - cos(f_i, z_j))`` pair by pair.
 
     ``rows [P, D]``, ``labels [P]`` (anything outside 0..C-1 is left out), ``queue [C, N, D]``, ``counts [C]``, logits
-    ``weights [P]`` and ``queue_weights [C, N]``.
+    ``weight_logits [P]`` and ``queue_weight_logits [C, N]``.
     """
     classes = queue.shape[0]
     total = rows.new_zeros(())
@@ -38,8 +38,8 @@ def positive_pairs(
         stored = range(int(counts[c]))
         if len(members) < 2 or len(stored) < 2:
             continue
-        w = shares([rows.new_zeros(()) if weights is None else weights[i] for i in members])
-        v = shares([rows.new_zeros(()) if queue_weights is None else queue_weights[c, j] for j in stored])
+        w = shares([rows.new_zeros(()) if weight_logits is None else weight_logits[i] for i in members])
+        v = shares([rows.new_zeros(()) if queue_weight_logits is None else queue_weight_logits[c, j] for j in stored])
         for w_i, i in zip(w, members, strict=True):
             for v_j, j in zip(v, stored, strict=True):
                 total = total + w_i * v_j * (1 - torch.dot(unit(rows[i]), unit(queue[c, j])))

@@ -12,7 +12,7 @@ from pixcontrast.functional import PositiveOutput, positive_contrast
 from pixcontrast.reference import accumulation_dtype, as_rows
 
 IGNORE = 255
-RESULTS = ("loss", "features", "weights", "queue_weights")
+RESULTS = ("loss", "features", "weight_logits", "queue_weight_logits")
 
 
 @dataclass
@@ -21,8 +21,8 @@ class Case:
     labels: Tensor
     queue: Tensor
     counts: Tensor
-    weights: Tensor | None
-    queue_weights: Tensor | None
+    weight_logits: Tensor | None
+    queue_weight_logits: Tensor | None
     loss_weight: float = 1.0
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -33,8 +33,8 @@ class Case:
             self.labels,
             self.queue.to(dtype),
             self.counts,
-            None if self.weights is None else self.weights.to(logits),
-            None if self.queue_weights is None else self.queue_weights.to(logits),
+            None if self.weight_logits is None else self.weight_logits.to(logits),
+            None if self.queue_weight_logits is None else self.queue_weight_logits.to(logits),
             self.loss_weight,
         )
 
@@ -44,39 +44,45 @@ class Case:
         def leaf(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
-        return leaf(self.features), leaf(self.weights), leaf(self.queue_weights)  # type: ignore[return-value]
+        return leaf(self.features), leaf(self.weight_logits), leaf(self.queue_weight_logits)  # type: ignore[return-value]
 
     def run(self, backend: str, incoming: float = 1.0) -> tuple[PositiveOutput, dict[str, Tensor]]:
         """Output, and loss with all gradients by name."""
-        features, weights, queue_weights = self.leaves()
+        features, weight_logits, queue_weight_logits = self.leaves()
         output = positive_contrast(
             features,
             self.labels,
             self.queue,
             queue_counts=self.counts,
-            weights=weights,
-            queue_weights=queue_weights,
+            weight_logits=weight_logits,
+            queue_weight_logits=queue_weight_logits,
             ignore_index=IGNORE,
             loss_weight=self.loss_weight,
             backend=backend,
         )
         output.loss.backward(torch.full_like(output.loss, incoming))
-        return output, _collect(output.loss, features, weights, queue_weights)
+        return output, _collect(output.loss, features, weight_logits, queue_weight_logits)
 
     def truth(self) -> dict[str, Tensor]:
         """The same from the pair loops, on these (rounded) inputs in float64."""
-        features, weights, queue_weights = (None if t is None else t.double() for t in self.leaves())
-        inputs = [t for t in (features, weights, queue_weights) if t is not None]
+        features, weight_logits, queue_weight_logits = (None if t is None else t.double() for t in self.leaves())
+        inputs = [t for t in (features, weight_logits, queue_weight_logits) if t is not None]
         for t in inputs:
             t.detach_().requires_grad_()
-        flat = None if weights is None else weights.reshape(-1)
+        flat = None if weight_logits is None else weight_logits.reshape(-1)
         clean = torch.where((self.labels != IGNORE).reshape(-1, 1), as_rows(features), 0)
         loss = positive_pairs(
-            clean, self.labels.reshape(-1), self.queue.double(), self.counts, flat, queue_weights, self.loss_weight
+            clean,
+            self.labels.reshape(-1),
+            self.queue.double(),
+            self.counts,
+            flat,
+            queue_weight_logits,
+            self.loss_weight,
         )
         if loss.requires_grad:
             loss.backward()
-        return _collect(loss, features, weights, queue_weights)
+        return _collect(loss, features, weight_logits, queue_weight_logits)
 
 
 def _collect(loss: Tensor, *leaves: Tensor | None) -> dict[str, Tensor]:
@@ -98,8 +104,8 @@ def relative_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dic
 
 def full_case() -> Case:
     """Two classes, both with pixels and memory, and every weight."""
-    case = next(c for c in map(random_case, range(80)) if len(c.counts) == 2 and c.weights is not None
-                and c.queue_weights is not None and c.features.dim() == 2 and c.counts.min() >= 2)  # fmt: skip
+    case = next(c for c in map(random_case, range(80)) if len(c.counts) == 2 and c.weight_logits is not None
+                and c.queue_weight_logits is not None and c.features.dim() == 2 and c.counts.min() >= 2)  # fmt: skip
     assert case.run("reference")[0].loss > 0
     return case
 
@@ -126,15 +132,15 @@ def random_case(seed: int) -> Case:
     counts = torch.full((classes,), rows)
     counts = torch.where(torch.rand(classes, generator=g) < 0.3, torch.randint(0, 3, (classes,), generator=g), counts)
     spread = pick(1.0, 8.0)
-    weights = torch.randn(shape, generator=g, dtype=torch.float64) * spread
-    queue_weights = torch.randn(classes, rows, generator=g, dtype=torch.float64) * spread
+    weight_logits = torch.randn(shape, generator=g, dtype=torch.float64) * spread
+    queue_weight_logits = torch.randn(classes, rows, generator=g, dtype=torch.float64) * spread
     queue = torch.randn(classes, rows, dim, generator=g, dtype=torch.float64) * pick(1.0, 50.0)
     return Case(
         features,
         labels,
         queue,
         counts,
-        pick(weights, weights, None),
-        pick(queue_weights, queue_weights, None),
+        pick(weight_logits, weight_logits, None),
+        pick(queue_weight_logits, queue_weight_logits, None),
         pick(1.0, 0.1),
     )

@@ -68,7 +68,7 @@ def wrong_by(name: str, factor: float) -> Contender:
     return contender
 
 
-@pytest.mark.parametrize("name", ["loss", "features", "weights"])
+@pytest.mark.parametrize("name", ["loss", "features", "weight_logits"])
 def test_a_wrong_contender_is_reported_and_not_timed(name: str) -> None:
     outcome = run({"pixcontrast": positive.CONTENDERS["pixcontrast"], "wrong": wrong_by(name, 1.01)})
     right, wrong = outcome.rows

@@ -105,19 +105,21 @@ def test_loss_is_the_pair_formula_on_what_the_heads_give(variant: str) -> None:
     predicted = plain.predict(plain.project(rows))
     label, queue, counts = label[valid], plain.memory.rows, plain.memory.counts
     selector_rows = predicted.detach() if variant == "released" else normalize(predicted.detach(), dim=1)  # D4
-    weights = torch.zeros(len(label)).double()
-    queue_weights = torch.zeros(queue.shape[:2]).double()
+    weight_logits = torch.zeros(len(label)).double()
+    queue_weight_logits = torch.zeros(queue.shape[:2]).double()
     for c in range(CLASSES):
         member = label == c
-        weights = weights.masked_scatter(member, plain_selector(plain.select_features, c)(selector_rows[member])[:, 0])
+        weight_logits = weight_logits.masked_scatter(
+            member, plain_selector(plain.select_features, c)(selector_rows[member])[:, 0]
+        )
         stored = queue[c, : counts[c]]
         if variant == "paper" and len(stored) > 1:
             scores = plain_selector(plain.select_memory, c)(stored)[:, 0]
-            queue_weights = queue_weights.clone()
-            queue_weights[c, : counts[c]] = scores
+            queue_weight_logits = queue_weight_logits.clone()
+            queue_weight_logits[c, : counts[c]] = scores
     # D1: in the released code all rows of the memory weigh the same, whatever their selector says
     expected = positive_pairs(
-        predicted, label, queue, counts, weights, None if variant == "released" else queue_weights
+        predicted, label, queue, counts, weight_logits, None if variant == "released" else queue_weight_logits
     )
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
@@ -181,7 +183,7 @@ def test_training_on_the_branch_brings_the_similarity_up() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    assert stats.pixels.sum() == (labels_at(labels, (5, 6)) != 255).sum()
+    assert stats.counts.sum() == (labels_at(labels, (5, 6)) != 255).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

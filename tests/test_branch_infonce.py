@@ -46,9 +46,9 @@ def anchors_of(branch: ContrastBranch, labels: Tensor, predict: Tensor) -> tuple
     """Pixels and classes of the anchors that the branch draws with ``generator()``."""
     label = labels_at(labels, (9, 8))
     drawn = branch.criterion.anchors(torch.where(label == 255, -1, label), predict, generator())
-    used = drawn.pixels >= 0
+    used = drawn.indices >= 0
     assert 20 < int(used.sum()) <= 40
-    return drawn.pixels[used], drawn.labels[used]
+    return drawn.indices[used], drawn.labels[used]
 
 
 @pytest.mark.parametrize("dense", [False, True])

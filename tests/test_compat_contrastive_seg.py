@@ -96,8 +96,8 @@ def test_two_queues_in_the_released_variant_are_the_joined_buffer_of_their_code(
     loss = criterion(preds["embed"], target, predict, [segment, pixel], generator=seeded())
     (result,) = torch.autograd.grad(loss, preds["embed"])
     anchors = criterion.anchors(target[:, ::4, ::4], predict, seeded())
-    used = anchors.pixels >= 0
-    rows, labels = as_rows(preds["embed"])[anchors.pixels[used]], anchors.labels[used]
+    used = anchors.indices >= 0
+    rows, labels = as_rows(preds["embed"])[anchors.indices[used]], anchors.labels[used]
     # classes 1, 2, ... with segment rows before pixel rows, then as many zero rows, which are labelled 0
     joined = torch.cat([segment, pixel], dim=1)
     keys = torch.cat([joined[1:].flatten(0, 1), torch.zeros_like(joined[0])])

@@ -233,10 +233,10 @@ def test_training_by_their_call_and_by_ours_gives_the_same_losses() -> None:
 
     def our_loss(model: nn.Module, rows: Tensor, labels: Tensor) -> Tensor:
         bank.push(rows, labels)
-        weights = torch.zeros(len(rows))
+        weight_logits = torch.zeros(len(rows))
         for c in range(CLASSES):
-            weights[labels == c] = selector(model, c)(rows[labels == c].detach())[:, 0]
-        return criterion(rows, labels, queue=bank, weights=weights)
+            weight_logits[labels == c] = selector(model, c)(rows[labels == c].detach())[:, 0]
+        return criterion(rows, labels, queue=bank, weight_logits=weight_logits)
 
     first, second = train(their_loss), train(our_loss)
     assert first == second

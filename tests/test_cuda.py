@@ -58,7 +58,7 @@ def test_positive(device: str, dtype: torch.dtype, layout: str, channels: int) -
         a = leaf(logits.flatten() if flat else logits, sums, device)
         b = leaf(queue_logits, sums, device)
         y, rows, count = (labels.flatten() if flat else labels).to(device), queue.to(device, dtype), counts.to(device)
-        options = {"queue_counts": count, "weights": a, "queue_weights": b}
+        options = {"queue_counts": count, "weight_logits": a, "queue_weight_logits": b}
         with without_waiting(device):
             loss = F.positive_contrast(x, y, rows, **options, ignore_index=IGNORED, backend=backend).loss
             (loss * 3).backward()

@@ -37,7 +37,7 @@ def test_positive(device: str, dtype: torch.dtype, channels: int, classes: int, 
         x, a = leaf(features, dtype, device), leaf(logits, accumulation_dtype(dtype), device)
         y, rows = labels.to(device), queue.to(device, dtype)
         with without_waiting(device):
-            loss = F.positive_contrast(x, y, rows, weights=a, ignore_index=IGNORED, backend=backend).loss
+            loss = F.positive_contrast(x, y, rows, weight_logits=a, ignore_index=IGNORED, backend=backend).loss
             loss.backward()
         return [loss.detach(), x.grad, a.grad]
 

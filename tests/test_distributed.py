@@ -33,7 +33,7 @@ class Parts:
         labels[1, 7] = IGNORE if rank is None else 1
         if ignored_rank is not None:
             labels[ignored_rank] = IGNORE
-        weights = 3 * torch.randn(WORLD, PIXELS, dtype=torch.float64, generator=generator)
+        weight_logits = 3 * torch.randn(WORLD, PIXELS, dtype=torch.float64, generator=generator)
         rows = torch.randn(WORLD, CLASSES, ROWS, DIM, dtype=torch.float64, generator=generator)
         counts = torch.randint(1, ROWS + 1, (WORLD, CLASSES), generator=generator)
         counts[1, 2] = 0
@@ -41,7 +41,7 @@ class Parts:
         mine = slice(None) if rank is None else slice(rank, rank + 1)
         self.features = features[mine].flatten(0, 1).requires_grad_()
         self.labels = labels[mine].flatten()
-        self.weights = weights[mine].flatten().requires_grad_()
+        self.weight_logits = weight_logits[mine].flatten().requires_grad_()
         self.rows, self.counts, self.row_weights = rows[mine], counts[mine], row_weights[mine].requires_grad_()
 
     def memory(self, sync: str) -> tuple[ClassMemory, Tensor]:
@@ -65,12 +65,17 @@ def positive(
     criterion = PixelContrastLoss(
         objective="positive", ignore_index=IGNORE, loss_weight=0.3, across_ranks=sync != "local", backend=backend
     )
-    weights = (parts.weights, row_weights) if learned else (None, None)
+    weight_logits = (parts.weight_logits, row_weights) if learned else (None, None)
     loss, stats = criterion(
-        parts.features, parts.labels, queue=memory, weights=weights[0], queue_weights=weights[1], return_stats=True
+        parts.features,
+        parts.labels,
+        queue=memory,
+        weight_logits=weight_logits[0],
+        queue_weight_logits=weight_logits[1],
+        return_stats=True,
     )
     loss.backward()
-    gradients = [parts.features.grad, parts.weights.grad, stored.row_weights.grad]
+    gradients = [parts.features.grad, parts.weight_logits.grad, stored.row_weights.grad]
     return {"loss": loss.detach(), "stats": list(stats), "gradients": gradients}
 
 

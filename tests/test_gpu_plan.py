@@ -22,7 +22,8 @@ from gpu_run.stages import TOOLS, stage
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.cases import select
-from train.__main__ import parse
+from train.command_line import main
+from train.studies import ablation
 
 NAMES = ("right", "fast", "learn", "sanitize")
 
@@ -77,12 +78,15 @@ def test_command_lines_of_benchmarks_are_understood(plan: Plan) -> None:
     assert {"city", "infonce-tf32", "step-city-v2", "step-city-v2-bf16", "step-city-v2-tf32"} <= timed
 
 
-def test_command_lines_of_the_trainer_are_understood(plan: Plan) -> None:
+def test_command_lines_of_the_trainer_are_understood(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    understood = []
+    monkeypatch.setattr(ablation, "ablation", lambda *arguments: understood.append(arguments))
     found = commands(stage("learn", plan))
     runs = {name: command for name, command in found.items() if "seed" in name}
     assert len(runs) == 27 and len({after(command.argv, "--out")[0] for command in runs.values()}) == 27
     for command in runs.values():
-        config, overrides = parse(after(command.argv, "-m", "train") or [])
+        assert main(after(command.argv, "-m", "train")) == 0
+        config, overrides = understood.pop()
         assert len(config.parts) == len(config.seeds) == 1 and config.steps == 600
         assert overrides == ["--device", "cuda", "--crop", "64"]
         assert (config.root / "images").is_dir()

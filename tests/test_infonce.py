@@ -116,7 +116,7 @@ def test_the_random_cases_reach_every_special_case() -> None:
         case = random_case(seed)
         output, _ = case.run("extension")
         seen["loss"] += bool(output.loss > 0)
-        used = case.anchors.pixels >= 0
+        used = case.anchors.indices >= 0
         seen["no positives"] += bool((used & (output.positives == 0)).any())
         seen["no negatives"] += bool(((output.positives > 0) & (output.anchor_loss == 0)).any())
         seen["excluded"] += case.excluded is not None

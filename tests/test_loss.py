@@ -37,7 +37,7 @@ def test_statistics(backend: str) -> None:
         features, labels, queue=memory, return_stats=True
     )
     small = labels[:, ::4, ::4]
-    assert stats.pixels.tolist() == [int((small == c).sum()) for c in range(3)]
+    assert stats.counts.tolist() == [int((small == c).sum()) for c in range(3)]
     torch.testing.assert_close(stats.memory_fill, torch.tensor([0.6, 1.0, 0.0]))
     assert stats.similarity[2].isnan()
     rows = torch.nn.functional.normalize(features.permute(0, 2, 3, 1)[small == 1], dim=1)
@@ -70,13 +70,13 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
     criterion = PixelContrastLoss(objective="positive", ignore_index=255)
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     features, labels, memory = make_inputs()
-    weights = torch.randn(2, 4, 6, requires_grad=True)
+    weight_logits = torch.randn(2, 4, 6, requires_grad=True)
     results = []
     for function in (criterion, compiled):
-        features.grad = weights.grad = None
-        loss = function(features, labels, queue=memory, weights=weights)
+        features.grad = weight_logits.grad = None
+        loss = function(features, labels, queue=memory, weight_logits=weight_logits)
         (loss * 3).backward()
-        results.append((loss.detach(), features.grad, weights.grad))
+        results.append((loss.detach(), features.grad, weight_logits.grad))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -90,8 +90,12 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
         ({"labels": torch.zeros(5, dtype=torch.int64)}, ValueError, r"labels must have shape \(6,\), got \(5,\)"),
         ({"labels": torch.zeros(6)}, TypeError, r"labels must be int64, got torch.float32; use labels.long\(\)"),
         ({"queue": torch.randn(3, 5, 7)}, ValueError, r"queue must be \[C, N, D=8\], got \(3, 5, 7\)"),
-        ({"weights": torch.randn(5)}, ValueError, r"weights must have shape \(6,\), got \(5,\)"),
-        ({"queue_weights": torch.randn(3, 4)}, ValueError, r"queue_weights must have shape \(3, 5\), got \(3, 4\)"),
+        ({"weight_logits": torch.randn(5)}, ValueError, r"weight_logits must have shape \(6,\), got \(5,\)"),
+        (
+            {"queue_weight_logits": torch.randn(3, 4)},
+            ValueError,
+            r"queue_weight_logits must have shape \(3, 5\), got \(3, 4\)",
+        ),
         ({"queue": torch.randn(3, 5, 8, device="meta")}, ValueError, "queue is on meta, features on cpu; move"),
         (
             {"labels": torch.tensor([0, 1, 2, 3, -1, 255])},

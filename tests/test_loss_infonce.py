@@ -28,8 +28,8 @@ def make_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def drawn(criterion: PixelContrastLoss, labels: Tensor, predict: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels and labels of the anchors that `forward` draws with a generator of seed 0, without unused places."""
     anchors = criterion.anchors(labels[:, ::4, ::4], predict, torch.Generator().manual_seed(0))
-    used = anchors.pixels >= 0
-    return anchors.pixels[used], anchors.labels[used]
+    used = anchors.indices >= 0
+    return anchors.indices[used], anchors.labels[used]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,7 +114,10 @@ def test_compiles_into_one_graph(with_queue: bool) -> None:
     ("change", "message"),
     [
         ({"predict": torch.zeros(2, 5)}, r"predict must be like labels \(2, 5, 7\), got \(2, 5\)"),
-        ({"weights": torch.zeros(2, 5, 7)}, 'weights and queue_weights are for objective="positive" alone'),
+        (
+            {"weight_logits": torch.zeros(2, 5, 7)},
+            'weight_logits and queue_weight_logits are for objective="positive" alone',
+        ),
         ({"queue": torch.zeros(4, 3, 5)}, r"queue must be \[C, N, D=6\], got \(4, 3, 5\)"),
     ],
 )

@@ -89,8 +89,8 @@ def draw(case: Case) -> tuple[list[int], Tensor, Tensor]:
     if labels.dim() == 3:
         labels = labels_at(labels, (case.features.shape[2], case.features.shape[3]))
     anchors = PixelContrastLoss(**case.options).anchors(labels, case.predict, torch.Generator().manual_seed(0))
-    used = anchors.pixels >= 0
-    return used.nonzero()[:, 0].tolist(), anchors.pixels[used], anchors.labels[used]
+    used = anchors.indices >= 0
+    return used.nonzero()[:, 0].tolist(), anchors.indices[used], anchors.labels[used]
 
 
 def valid_rows(queue: Queue, c: int) -> Tensor:

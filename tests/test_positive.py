@@ -41,7 +41,7 @@ def test_one_channel(backend: str) -> None:
     )
     _, results = case.run(backend)
     truth = case.truth()
-    for name in ("loss", "weights", "queue_weights"):
+    for name in ("loss", "weight_logits", "queue_weight_logits"):
         torch.testing.assert_close(results[name], truth[name], rtol=1e-12, atol=1e-16)
     assert results["features"].abs().max() < 1e-15
 
@@ -67,7 +67,7 @@ def test_the_random_cases_reach_every_special_case(backend: str) -> None:
         case = random_case(seed)
         output, _ = case.run(backend)
         with_loss += bool(output.loss > 0)
-        pixels, counts = output.pixels, case.counts
+        pixels, counts = output.counts, case.counts
         expected = [int((case.labels == c).sum()) for c in range(len(counts))]
         assert pixels.tolist() == expected
         seen |= {"absent class"} if (pixels == 0).any() else set()
@@ -148,14 +148,14 @@ def test_incoming_gradient_scales_everything(backend: str, incoming: float) -> N
     case = full_case()
     _, ones = case.run(backend)
     _, scaled = case.run(backend, incoming)
-    for name in ("features", "weights", "queue_weights"):
+    for name in ("features", "weight_logits", "queue_weight_logits"):
         torch.testing.assert_close(scaled[name], ones[name] * incoming, rtol=1e-12, atol=0)
 
 
 def test_backward_twice_gives_the_same_gradient_twice() -> None:
     case = full_case()
-    features, weights, _ = case.leaves()
-    loss = positive_contrast(features, case.labels, case.queue, weights=weights, ignore_index=IGNORE).loss
+    features, weight_logits, _ = case.leaves()
+    loss = positive_contrast(features, case.labels, case.queue, weight_logits=weight_logits, ignore_index=IGNORE).loss
     (first,) = torch.autograd.grad(loss, features, grad_outputs=torch.tensor(0.5).double(), retain_graph=True)
     first = first.clone()
     (second,) = torch.autograd.grad(loss, features, grad_outputs=torch.tensor(0.5).double())
@@ -168,8 +168,10 @@ def test_backward_twice_gives_the_same_gradient_twice() -> None:
 def test_extreme_logits(logit: float, backend: str, dtype: torch.dtype) -> None:
     base = full_case()
     spread = torch.linspace(-1, 1, base.labels.numel(), dtype=torch.float64).reshape(base.labels.shape)
-    queue_spread = torch.linspace(-1, 1, base.queue_weights.numel(), dtype=torch.float64).view_as(base.queue_weights)
-    case = replace(base, weights=logit + spread, queue_weights=logit + queue_spread).to(dtype)
+    queue_spread = torch.linspace(-1, 1, base.queue_weight_logits.numel(), dtype=torch.float64).view_as(
+        base.queue_weight_logits
+    )
+    case = replace(base, weight_logits=logit + spread, queue_weight_logits=logit + queue_spread).to(dtype)
     _, results = case.run(backend)
     assert all(value.isfinite().all() for value in results.values())
     errors = relative_errors(results, case.truth())
@@ -186,9 +188,9 @@ def test_ignored_pixels_may_be_anything(backend: str, memory_format: torch.memor
     _, expected = case.run(backend)
     ignored = case.labels == IGNORE
     features = torch.where(ignored[:, None], float("nan"), case.features).contiguous(memory_format=memory_format)
-    weights = torch.where(ignored, float("inf"), torch.zeros_like(case.labels, dtype=torch.float64))
-    _, expected = replace(case, weights=torch.zeros_like(weights)).run(backend)
-    _, results = replace(case, features=features, weights=weights).run(backend)
+    weight_logits = torch.where(ignored, float("inf"), torch.zeros_like(case.labels, dtype=torch.float64))
+    _, expected = replace(case, weight_logits=torch.zeros_like(weight_logits)).run(backend)
+    _, results = replace(case, features=features, weight_logits=weight_logits).run(backend)
     for name, value in expected.items():
         assert results[name].isfinite().all()
         torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-300)
@@ -234,17 +236,18 @@ def test_nothing_to_contrast_gives_a_connected_zero(backend: str, what: str) -> 
     count = 0 if what == "no pixels" else 1 if what == "one row" else 5
     features = torch.randn(count, 8, requires_grad=True)
     labels = torch.full((count,), IGNORE if what == "all ignored" else 0)
-    weights = torch.randn(count, requires_grad=True)
+    weight_logits = torch.randn(count, requires_grad=True)
     room = 0 if what == "memory without room" else 4
-    queue_weights = torch.randn(2, room, requires_grad=True)
+    queue_weight_logits = torch.randn(2, room, requires_grad=True)
     counts = torch.zeros(2, dtype=torch.int64) if what == "empty memory" else torch.full((2,), room)
     output = positive_contrast(
-        features, labels, torch.randn(2, room, 8), queue_counts=counts, weights=weights, queue_weights=queue_weights,
+        features, labels, torch.randn(2, room, 8), queue_counts=counts, weight_logits=weight_logits,
+        queue_weight_logits=queue_weight_logits,
         backend=backend,
     )  # fmt: skip
     assert output.loss.item() == 0 and output.loss.requires_grad
     output.loss.backward()
-    for leaf in (features, weights, queue_weights):
+    for leaf in (features, weight_logits, queue_weight_logits):
         assert leaf.grad is not None and (leaf.grad == 0).all()
 
 
@@ -252,15 +255,16 @@ def test_nothing_to_contrast_gives_a_connected_zero(backend: str, what: str) -> 
 @pytest.mark.parametrize("shape", [(12,), (1, 3, 4)])
 def test_gradcheck(shape: tuple[int, ...], backend: str) -> None:
     case = large_case(shape=shape, classes=3, dim=5).to(torch.float64)
-    features, weights, queue_weights = case.leaves()
+    features, weight_logits, queue_weight_logits = case.leaves()
 
-    def loss(features, weights, queue_weights):
+    def loss(features, weight_logits, queue_weight_logits):
         return positive_contrast(
-            features, case.labels, case.queue, queue_counts=case.counts, weights=weights, queue_weights=queue_weights,
+            features, case.labels, case.queue, queue_counts=case.counts, weight_logits=weight_logits,
+            queue_weight_logits=queue_weight_logits,
             ignore_index=IGNORE, backend=backend,
         ).loss  # fmt: skip
 
-    assert torch.autograd.gradcheck(loss, (features, weights, queue_weights), fast_mode=True)
+    assert torch.autograd.gradcheck(loss, (features, weight_logits, queue_weight_logits), fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -269,16 +273,17 @@ def test_opcheck(seed: int, dtype: torch.dtype) -> None:
     case = random_case(seed).to(dtype)
     library = torch.ops.pixcontrast
     sums = accumulation_dtype(dtype)
-    queue_weights = torch.randn(case.queue.shape[:2], dtype=sums)
-    mean = library.class_mean(case.queue, case.counts, queue_weights)
-    torch.library.opcheck(library.class_mean.default, (case.queue, case.counts, queue_weights))
+    queue_weight_logits = torch.randn(case.queue.shape[:2], dtype=sums)
+    mean = library.class_mean(case.queue, case.counts, queue_weight_logits)
+    torch.library.opcheck(library.class_mean.default, (case.queue, case.counts, queue_weight_logits))
     torch.library.opcheck(
-        library.class_mean_backward.default, (torch.randn_like(mean), case.queue, case.counts, queue_weights)
+        library.class_mean_backward.default, (torch.randn_like(mean), case.queue, case.counts, queue_weight_logits)
     )
-    weights = torch.randn(case.labels.shape, dtype=sums)
+    weight_logits = torch.randn(case.labels.shape, dtype=sums)
     for needs in ((True, True, True), (False, False, False), (True, False, True)):
         torch.library.opcheck(
-            library.positive.default, (case.features, case.labels, weights, mean, case.counts, 0.5, IGNORE, *needs)
+            library.positive.default,
+            (case.features, case.labels, weight_logits, mean, case.counts, 0.5, IGNORE, *needs),
         )
 
 
@@ -309,7 +314,7 @@ def test_non_contiguous_inputs() -> None:
         features=case.features.t().contiguous().t(),
         labels=torch.stack([case.labels, case.labels], 1)[:, 0],
         queue=case.queue.transpose(0, 1).contiguous().transpose(0, 1),
-        queue_weights=case.queue_weights.t().contiguous().t(),
+        queue_weight_logits=case.queue_weight_logits.t().contiguous().t(),
     )
     results = strided.run("extension")[1]
     assert all(torch.equal(results[name], expected[name]) for name in expected)

@@ -46,9 +46,9 @@ def test_counts_agree_with_the_rule(seed: int) -> None:
     anchors = hard_anchors(labels, predict, max_samples=max_samples, max_views=max_views, ignore_index=ignore)
     expected = expected_counts(labels, predict, max_samples, max_views, ignore)
 
-    assert anchors.pixels.shape == anchors.labels.shape == (max_samples,)
-    used = anchors.pixels >= 0
-    index = anchors.pixels[used]
+    assert anchors.indices.shape == anchors.labels.shape == (max_samples,)
+    used = anchors.indices >= 0
+    index = anchors.indices[used]
     assert len(set(index.tolist())) == len(index)  # no pixel twice
     assert torch.equal(labels.flatten()[index], anchors.labels[used])
     assert (anchors.labels[~used] == -1).all()
@@ -65,9 +65,9 @@ def test_counts_agree_with_the_rule(seed: int) -> None:
     groups = len(expected)  # view-major: place v * A + a
     for place in used.nonzero()[:, 0].tolist():
         b, c = expected[place % groups][:2]
-        assert (anchors.pixels[place] // 99, anchors.labels[place]) == (b, c)
+        assert (anchors.indices[place] // 99, anchors.labels[place]) == (b, c)
         view, hard = place // groups, expected[place % groups][2]
-        wrong = predict.flatten()[anchors.pixels[place]] != c
+        wrong = predict.flatten()[anchors.indices[place]] != c
         assert bool(wrong) == (view < hard)
 
 
@@ -79,7 +79,7 @@ def test_every_pixel_of_a_group_is_drawn_sometimes_and_a_generator_repeats() -> 
         generator = torch.Generator().manual_seed(seed)
         return hard_anchors(
             labels, predict, max_samples=4, max_views=4, ignore_index=-1, generator=generator
-        ).pixels.tolist()
+        ).indices.tolist()
 
     draws = [draw(seed) for seed in range(200)]
     assert draws[3] == draw(3)
@@ -99,4 +99,4 @@ def test_sampling_compiles_without_a_graph_break() -> None:
 
 def test_all_anchors() -> None:
     anchors = all_anchors(torch.tensor([[3, 255], [0, -1]]), 255)
-    assert anchors.pixels.tolist() == [0, -1, 2, -1] and anchors.labels.tolist() == [3, -1, 0, -1]
+    assert anchors.indices.tolist() == [0, -1, 2, -1] and anchors.labels.tolist() == [3, -1, 0, -1]

@@ -154,25 +154,25 @@ def contrastive_class_to_class_learned_memory(
     labels = class_labels.long()
     labels = torch.where((labels >= 0) & (labels < num_classes), labels, -1)
     queue, counts = _queue_and_counts(memory, num_classes, features)
-    weights = torch.zeros(labels.shape, dtype=accumulation_dtype(features.dtype), device=features.device)
-    queue_weights = torch.zeros_like(queue[..., 0]) if variant == "paper" else None
+    weight_logits = torch.zeros(labels.shape, dtype=accumulation_dtype(features.dtype), device=features.device)
+    queue_weight_logits = torch.zeros_like(queue[..., 0]) if variant == "paper" else None
     constant = features.detach()
     for c, (members, stored) in enumerate(zip(_by_class(labels, num_classes), counts.tolist(), strict=True)):
         if len(members) < MIN_ROWS or stored < MIN_ROWS:
             continue
         rows = constant[members] if variant == "released" else unit_rows(constant[members])
-        weights[members] = _logits(model, f"contrastive_class_selector_{c}", rows).to(weights.dtype)
-        if queue_weights is not None:
+        weight_logits[members] = _logits(model, f"contrastive_class_selector_{c}", rows).to(weight_logits.dtype)
+        if queue_weight_logits is not None:
             rows = unit_rows(queue[c, :stored]).to(features.dtype)
             logits = _logits(model, f"contrastive_class_selector_memory{c}", rows)
-            queue_weights[c, :stored] = logits.to(queue_weights.dtype)
+            queue_weight_logits[c, :stored] = logits.to(queue_weight_logits.dtype)
     return positive_contrast(
         features,
         labels,
         queue,
         queue_counts=counts,
-        weights=weights,
-        queue_weights=queue_weights,
+        weight_logits=weight_logits,
+        queue_weight_logits=queue_weight_logits,
         ignore_index=-1,
         backend=backend,
     ).loss

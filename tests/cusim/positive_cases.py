@@ -12,7 +12,7 @@ from cusim.kernels import WAYS, Kernels, Way
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORE = 255
-GRADIENTS = ("features", "weights", "mean")
+GRADIENTS = ("features", "weight_logits", "mean")
 PLAIN = WAYS[0]
 
 
@@ -23,7 +23,7 @@ class Case:
 
     features: Tensor
     labels: Tensor
-    weights: Tensor | None
+    weight_logits: Tensor | None
     mean: Tensor
     counts: Tensor
     gradients: tuple[str, ...] = GRADIENTS
@@ -59,13 +59,15 @@ def make_case(
     rows[labels == IGNORE] = torch.nan
     if classes > 4:
         rows[(labels == single) | (labels == forgotten)] = torch.nan  # they take no part
-    weights = torch.randn(pixels, generator=g) * 2  # of more spread, one pixel rules a class and S - cos cancels
-    weights[1:pixels:17] = 1e4
-    weights[2:pixels:17] = -1e4
+    weight_logits = torch.randn(pixels, generator=g) * 2  # of more spread, one pixel rules a class and S - cos cancels
+    weight_logits[1:pixels:17] = 1e4
+    weight_logits[2:pixels:17] = -1e4
     largest = labels == labels[labels != IGNORE].mode().values
-    weights[largest] = weights[largest].clamp(max=0) - 200  # sigmoids of a class that are all zero in float32
+    weight_logits[largest] = (
+        weight_logits[largest].clamp(max=0) - 200
+    )  # sigmoids of a class that are all zero in float32
     mean = torch.nn.functional.normalize(torch.randn(classes, dim, generator=g), dim=1)
-    return Case(as_maps(rows.to(dtype), maps), labels, weights, mean, counts)
+    return Case(as_maps(rows.to(dtype), maps), labels, weight_logits, mean, counts)
 
 
 def as_maps(rows: Tensor, maps: tuple[int, int] | None) -> Tensor:
@@ -76,10 +78,14 @@ def formula(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything computed in ``dtype``, class by class; gradients of the features as rows ``[P, D]``."""
     rows, mean, classes = case.rows.to(dtype), case.mean.to(dtype), len(case.mean)
     scale = case.loss_weight / classes
-    logits = torch.zeros(len(rows)) if case.weights is None else case.weights
+    logits = torch.zeros(len(rows)) if case.weight_logits is None else case.weight_logits
     logits = logits.to(dtype)
     losses = torch.zeros(classes, dtype=dtype)
-    found = {"features": torch.zeros_like(rows), "weights": torch.zeros_like(logits), "mean": torch.zeros_like(mean)}
+    found = {
+        "features": torch.zeros_like(rows),
+        "weight_logits": torch.zeros_like(logits),
+        "mean": torch.zeros_like(mean),
+    }
     pixels = torch.zeros(classes, dtype=torch.int64)
     for c in range(classes):
         members = torch.nonzero((case.labels == c) & (case.labels != IGNORE))[:, 0]
@@ -94,7 +100,9 @@ def formula(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         similarity = (w * cosine).sum()
         losses[c] = 1 - similarity
         found["features"][members] = -scale * w * (mean[c] - cosine * unit) * inverse
-        found["weights"][members] = (scale * w * torch.sigmoid(-logits[members, None]) * (similarity - cosine))[:, 0]
+        found["weight_logits"][members] = (scale * w * torch.sigmoid(-logits[members, None]) * (similarity - cosine))[
+            :, 0
+        ]
         found["mean"][c] = -scale * (w * unit).sum(0)
     known = (case.labels >= 0) & (case.labels < classes)
     found |= {"class_loss": losses, "loss": losses.sum() * scale, "pixels": pixels}
@@ -115,7 +123,7 @@ def run(kernels: Kernels, way: Way, case: Case) -> dict[str, Tensor]:
         "pixels": garbage(case.counts),
         "unknown": garbage(case.counts.sum()),
         "features": garbage(case.features, "features" in case.gradients),
-        "weights": garbage(logits, "weights" in case.gradients and case.weights is not None),
+        "weight_logits": garbage(logits, "weight_logits" in case.gradients and case.weight_logits is not None),
         "mean": garbage(case.mean, "mean" in case.gradients),
     }
     room = torch.zeros(1, dtype=torch.int64)
@@ -124,7 +132,7 @@ def run(kernels: Kernels, way: Way, case: Case) -> dict[str, Tensor]:
         map_pixels = 0 if case.features.dim() == 2 else case.features.shape[2]
         kernels.run(
             way, "run_positive", TYPES.index(case.features.dtype), case.multiprocessors, len(case.labels), dim,
-            map_pixels, classes, IGNORE, case.loss_weight, case.features, case.labels, case.weights, case.mean,
+            map_pixels, classes, IGNORE, case.loss_weight, case.features, case.labels, case.weight_logits, case.mean,
             case.counts, *results.values(), workspace, room,
         )  # fmt: skip
 
