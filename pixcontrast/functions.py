@@ -178,9 +178,10 @@ class Selector(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *_, rstd, norm_weight, _, _, own = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each reading
+        *_, rstd, norm_weight, _, _, own = saved
         rows_grad = ctx.needs_input_grad[0]
-        rows, first, *norm, weight, bias = torch.ops.pixcontrast.selector_backward(grad, *ctx.saved_tensors, rows_grad)
+        rows, first, *norm, weight, bias = torch.ops.pixcontrast.selector_backward(grad, *saved, rows_grad)
         mean = torch.where(own[:, None], 0, -rstd * norm_weight * norm[1])
         return rows if rows_grad else None, None, None, first, None, mean, None, *norm, weight, bias, None
 

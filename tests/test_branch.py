@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracle import positive_pairs
 from test_heads import plain_selector
 from torch import Tensor
@@ -258,3 +259,15 @@ def test_wrong_inputs_are_named() -> None:
         with pytest.raises(ValueError, match=r"outside 0\.\.3 and are not ignore_index=255: 9"):
             call()
     assert branch.memory.counts.sum() == 0  # nothing was remembered
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    branch = ContrastBranch(6, 3, dim=8, capacity=4, threshold=0.0).eval()
+    features, labels = torch.randn(2, 6, 5, 6, requires_grad=True), torch.randint(0, 3, (2, 5, 6))
+    branch.remember(features, None, labels)
+    leaves = [features, *branch.parameters()]
+    plain = torch.autograd.grad(branch(features, labels), leaves)
+    loss = torch.utils.checkpoint.checkpoint(branch, features, labels, use_reentrant=False)
+    for grad, expected in zip(torch.autograd.grad(loss, leaves), plain, strict=True):
+        assert torch.equal(grad, expected)

@@ -18,7 +18,7 @@ collect_ignore = [] if {"plain", "asan", "race"} <= BUILDS.keys() else ["test_ke
 @pytest.fixture(scope="session")
 def kernels() -> Iterator[Callable[..., Kernels]]:
     """``kernels("positive").run(way, "function", *arguments)`` runs a function of ``bindings_positive.cpp``, compiled
-    with ``csrc/positive.cu`` and further sources of ``csrc`` that are named after it."""
+    with ``csrc/positive/cuda.cu`` and those of the further names."""
     if reason := missing():
         pytest.skip(reason)
     compiled: dict[tuple[str, ...], Kernels] = {}
