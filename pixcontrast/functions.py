@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Makes a second differentiation an error.
+
+    PyTorch's ``once_differentiable`` does so only where ``grad_output`` needs a gradient, which that of a plain loss
+    does not: a gradient penalty would silently get the gradient of its other terms.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        with torch.no_grad():
+            grads = backward(ctx, *grad_outputs)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        message = (
+            "pixcontrast: gradients of the contrast cannot be differentiated again (a gradient penalty, "
+            'torch.autograd.functional.hessian, ...); use backend="reference"'
+        )
+        guard = torch._C._functions.DelayedError(message, len(grads))
+        return guard(*[None if grad is None else grad.detach().requires_grad_() for grad in grads])  # type: ignore[arg-type]
+
+    return guarded
 
 
 class MemoryMean(torch.autograd.Function):
@@ -19,7 +44,7 @@ class MemoryMean(torch.autograd.Function):
         return torch.ops.pixcontrast.class_mean(queue, counts, weight_logits)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_mean: Tensor) -> tuple[None, None, Tensor | None]:
         queue, counts, weight_logits = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:
@@ -54,7 +79,7 @@ class Positive(torch.autograd.Function):
         return loss, class_loss, pixels, unknown
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         features, weight_logits, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
         return features, None, weight_logits, mean, None, None, None
@@ -87,7 +112,7 @@ class InfoNCE(torch.autograd.Function):
         return loss, anchor_loss, positives
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (features,) = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
         return features, *[None] * (ctx.inputs - 1)
@@ -102,7 +127,7 @@ class Project(torch.autograd.Function):
         return torch.ops.pixcontrast.project(features, index, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
         grads = torch.ops.pixcontrast.project_backward(grad, *ctx.saved_tensors, *needs)
@@ -136,7 +161,7 @@ class Head(torch.autograd.Function):
         return torch.ops.pixcontrast.head(hidden, valid, mean, rstd, norm_weight, norm_bias, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = torch.ops.pixcontrast.head_backward(grad, *ctx.saved_tensors)
         return hidden, None, None, None, *parameters, None
@@ -176,7 +201,7 @@ class Selector(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each reading
         *_, rstd, norm_weight, _, _, own = saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from pixcontrast import ClassMemory, PixelContrastLoss
 from pixcontrast import functional as F
@@ -130,3 +131,23 @@ def test_without_the_extension_the_reference_takes_over(monkeypatch) -> None:
     )
     with pytest.raises(RuntimeError, match=r"the extension did not load \(not built\); rebuild with"):
         PixelContrastLoss(objective="positive", ignore_index=255, backend="extension")(features, labels, queue=memory)
+
+
+@pytest.mark.parametrize("objective", ["positive", "infonce"])
+def test_a_gradient_penalty_is_right_or_one_clear_error(objective: str) -> None:
+    """The penalty alone gives the gradient of the reference; by the kernels it says that it cannot."""
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(24, 4).double(), torch.randn(5, 4).double().requires_grad_()
+    labels, queue = torch.randint(0, 3, (24,)), torch.randn(3, 6, 5).double()
+
+    def penalised(backend: str) -> Tensor:
+        criterion = PixelContrastLoss(objective=objective, max_samples=None, max_views=None, backend=backend)
+        features = inputs @ weight.t()
+        loss = criterion(features, labels, queue=queue)
+        (grad,) = torch.autograd.grad(loss, features, create_graph=True)
+        return loss + grad.square().sum() * 100
+
+    (truth,) = torch.autograd.grad(penalised("reference"), weight)
+    assert truth.isfinite().all() and truth.any()
+    with pytest.raises(RuntimeError, match='cannot be differentiated again .* backend="reference"'):
+        penalised("extension").backward()
