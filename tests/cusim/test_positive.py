@@ -41,7 +41,7 @@ def test_every_way(positive: Kernels, way: Way, maps: tuple[int, int] | None):
 
 
 @pytest.mark.parametrize("maps", [None, (2, 20)])
-@pytest.mark.parametrize("gradients", [(), ("features",), ("weights",), ("mean",)])
+@pytest.mark.parametrize("gradients", [(), ("features",), ("weight_logits",), ("mean",)])
 def test_any_gradient_can_be_left_out(positive: Kernels, maps: tuple[int, int] | None, gradients: tuple[str, ...]):
     case = replace(make_case(24, 5, torch.float32, maps), gradients=gradients)
     check(run(positive, PLAIN, case), case)
@@ -49,15 +49,15 @@ def test_any_gradient_can_be_left_out(positive: Kernels, maps: tuple[int, int] |
 
 @pytest.mark.parametrize("maps", [None, (2, 20)])
 def test_without_weights_all_pixels_count_alike(positive: Kernels, maps: tuple[int, int] | None):
-    case = replace(make_case(24, 5, torch.bfloat16, maps), weights=None)
+    case = replace(make_case(24, 5, torch.bfloat16, maps), weight_logits=None)
     check(run(positive, PLAIN, case), case)
 
 
 def test_blocks_whose_logits_are_far_apart(positive: Kernels):
     case = replace(make_case(3, 2, torch.float32, pixels=700), multiprocessors=2)
-    assert case.weights is not None
-    case.weights[:300] = case.weights[:300].clamp(max=0) - 300
-    case.weights[300:] = case.weights[300:].clamp(max=0) - torch.linspace(295, 305, 400)
+    assert case.weight_logits is not None
+    case.weight_logits[:300] = case.weight_logits[:300].clamp(max=0) - 300
+    case.weight_logits[300:] = case.weight_logits[300:].clamp(max=0) - torch.linspace(295, 305, 400)
     check(run(positive, PLAIN, case), case)
 
 
@@ -90,15 +90,15 @@ def test_a_feature_that_is_no_number_shows_in_the_loss_of_its_class_alone(positi
 
 def test_a_logit_that_is_no_number_shows_in_the_loss_of_its_class_alone(positive: Kernels):
     case = make_case(16, 2, torch.float32)
-    assert case.weights is not None
-    case.weights[torch.nonzero(case.labels == 1)[0]] = -torch.nan
+    assert case.weight_logits is not None
+    case.weight_logits[torch.nonzero(case.labels == 1)[0]] = -torch.nan
     results = run(positive, PLAIN, case)
     assert results["class_loss"].isnan().tolist() == [False, True]
     assert torch.equal(results["features"].isnan().all(1), case.labels == 1)
 
 
 def test_more_classes_than_sums_fit_in_shared_memory(positive: Kernels):
-    case = replace(make_case(2, 2300, torch.float32), gradients=("features", "weights"))
+    case = replace(make_case(2, 2300, torch.float32), gradients=("features", "weight_logits"))
     check(run(positive, PLAIN, case), case)
 
 
