@@ -154,6 +154,22 @@ def test_what_a_command_leaves_running_is_ended(tmp_path: Path) -> None:
     assert not running(int((tmp_path / "child").read_text()))
 
 
+def test_a_command_ends_with_the_program_that_began_it(tmp_path: Path) -> None:
+    script = "import os, sys, time; from pathlib import Path; from gpu_run.process import Process; "
+    script += "Process(['sh', '-c', 'echo $$ > child; exec sleep 60'], Path('log'), dict(os.environ), Path('.'), 60); "
+    script += "time.sleep(60)"
+    path = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
+    program = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=path)
+    child = tmp_path / "child"
+    while not (child.exists() and child.read_text().strip()):
+        time.sleep(0.02)
+    assert running(int(child.read_text()))
+    program.kill()
+    program.wait()
+    time.sleep(0.2)
+    assert not running(int(child.read_text()))
+
+
 def test_a_command_is_asked_to_end_before_it_is_killed(tmp_path: Path) -> None:
     script = (
         "import time\ntry:\n    print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"

@@ -201,10 +201,17 @@ def text_of(source: Path) -> bytes:
     return b"".join(file.read_bytes() for file in files)
 
 
+def kernel_sources() -> dict[Path, str]:
+    """Every file of kernels and of their bindings, with the name of what it is about."""
+    own = [*sorted((ROOT / "csrc").rglob("*.cu")), *sorted(BENCH.glob("bindings_*.cpp")), BENCH / "instructions.cu"]
+    return {
+        source: source.parent.name if source.stem == "cuda" else source.stem.removeprefix("bindings_") for source in own
+    }
+
+
 def compile_all(names: list[str]) -> int:
-    """Compiles the objects of every kernel and of its bindings; says how many."""
-    sources = [*(ROOT / "csrc").glob("*.cu"), *BENCH.glob("bindings_*.cpp"), BENCH / "instructions.cu"]
-    wanted = [source for source in sources if not names or source.stem.removeprefix("bindings_") in names]
+    """Compiles the objects of every kernel and of its bindings, or of those named; says how many."""
+    wanted = [source for source, name in kernel_sources().items() if not names or name in names]
     jobs = [(source, build.kernel) for build in BUILDS.values() for source in wanted]
     jobs += [(source, build.runtime) for build in BUILDS.values() for source in build.sources]
     with ThreadPoolExecutor(os.cpu_count() or 1) as compilers:

@@ -77,6 +77,18 @@ def test_bits_are_compared_within_a_device_only() -> None:
         assert ran.splitlines() == [f"{on.split()[0]} 0", str({on.split()[0]})]
 
 
+def test_everything_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Path] = []
+    monkeypatch.setattr(build, "compile_object", lambda source, command: compiled.append(source) or source)
+    build.compile_all([])
+    wanted = {*(build.ROOT / "csrc").rglob("*.cu"), *build.BENCH.glob("bindings_*.cpp")}
+    assert wanted <= {*compiled} and len(compiled) > len(build.BUILDS) * len(wanted)
+    compiled.clear()
+    build.compile_all(["scale"])
+    own = {source.name for source in compiled if not source.is_relative_to(build.RUNTIME)}
+    assert "bindings_scale.cpp" in own and len(own) == 2
+
+
 def test_arrays_must_be_contiguous(small: Kernels) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         small.run(PLAIN, "answer", np.zeros((2, 2), np.int64)[:, 0])
