@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from dataclasses import replace
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -17,15 +18,23 @@ from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, Optim
 CLASSES = ("sky 90 160 220", "grass 60 160 60", "brick 180 70 50")
 
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the server of `processes` import while the first tests run."""
+    if any("processes" in getattr(item, "fixturenames", ()) for item in session.items):
+        forkserver.ensure_running()
+
+
 @pytest.fixture(scope="session")
 def processes() -> BaseContext:
     """Starts processes that have the training program imported: one server imports it and forks all of them.
 
     The server itself never computes, so that a fork is safe.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
-    return context
+    return PROCESSES
 
 
 @pytest.fixture(autouse=True)
