@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
@@ -14,10 +16,12 @@ import torch
 from PIL import Image
 
 from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from train.scores import Scores
 
 CLASSES = ("sky 90 160 220", "grass 60 160 60", "brick 180 70 50")
 
 
+os.environ["TQDM_DISABLE"] = "1"  # of processes that tests start; pytest does not capture their bars
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
 
@@ -123,3 +127,23 @@ def tiny_session(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FitC
             out=tmp_path_factory.mktemp("tiny") / "run", device="cpu", log_every=1, evaluate_every=4, checkpoint_every=3
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def finished_once(tiny_session: FitConfig) -> tuple[FitConfig, dict[str, Scores]]:
+    """``tiny``, trained to the end, and its scores; no test may write into its folder."""
+    from train.loop import fit
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scores = fit(tiny_session)
+    torch.set_num_threads(threads)
+    return tiny_session, scores
+
+
+@pytest.fixture
+def finished(finished_once: tuple[FitConfig, dict[str, Scores]], tmp_path: Path) -> FitConfig:
+    """A finished run in a folder of its own."""
+    config, _ = finished_once
+    out = Path(shutil.copytree(config.run.out, tmp_path / "finished"))
+    return replace(config, run=replace(config.run, out=out))
