@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 from dataclasses import replace
 from multiprocessing import forkserver
@@ -16,12 +15,12 @@ import torch
 from PIL import Image
 
 from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from train.loop import fit
 from train.scores import Scores
 
 CLASSES = ("sky 90 160 220", "grass 60 160 60", "brick 180 70 50")
 
 
-os.environ["TQDM_DISABLE"] = "1"  # of processes that tests start; pytest does not capture their bars
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
 
@@ -130,15 +129,16 @@ def tiny_session(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FitC
 
 
 @pytest.fixture(scope="session")
-def finished_once(tiny_session: FitConfig) -> tuple[FitConfig, dict[str, Scores]]:
+def finished_once(
+    tiny_session: FitConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FitConfig, dict[str, Scores]]:
     """``tiny``, trained to the end, and its scores; no test may write into its folder."""
-    from train.loop import fit
-
+    config = replace(tiny_session, run=replace(tiny_session.run, out=tmp_path_factory.mktemp("finished") / "run"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    scores = fit(tiny_session)
+    scores = fit(config)
     torch.set_num_threads(threads)
-    return tiny_session, scores
+    return config, scores
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tqdm import tqdm
-from train_helpers import assert_same_state, in_folder
+from train_helpers import assert_same_state, in_folder, quietly
 
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
@@ -61,7 +61,7 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     long: FitConfig, tmp_path: Path, sent: signal.Signals, processes: BaseContext
 ):
     whole, broken = in_folder(long, tmp_path / "whole"), in_folder(long, tmp_path / "broken")
-    process = processes.Process(target=train_in_process, args=(broken,))
+    process = processes.Process(target=quietly, args=(train_in_process, broken))
     process.start()
     wait_for_step(broken, 8, process)
     assert process.pid is not None

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import ROOT, TINY_OPTIONS, assert_same_state, in_folder
+from train_helpers import ROOT, TINY_OPTIONS, assert_same_state, in_folder, quietly
 
 import train.loop
 from train.augment import AugmentConfig
@@ -149,7 +149,7 @@ def _rank(number: int, folder: str, config: FitConfig) -> None:
 
 def run_all(processes: BaseContext, target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
     """Run ``target`` in one process for each tuple of arguments; all must succeed."""
-    started = [processes.Process(target=target, args=args) for args in arguments]
+    started = [processes.Process(target=quietly, args=(target, *args)) for args in arguments]
     for process in started:
         process.start()
     for process in started:
