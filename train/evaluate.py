@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from train.checkpoint import config_of, read_checkpoint
 from train.data.dataset import SegmentationDataset
@@ -41,6 +40,8 @@ def evaluate(learner: Learner, dataset: SegmentationDataset, device: torch.devic
     With several processes, all must call it: each evaluates a part, and all get the scores of the whole. Neither the
     network nor any random state is changed.
     """
+    from torchmetrics.classification import MulticlassConfusionMatrix  # takes seconds to import; figures do without
+
     matrix = MulticlassConfusionMatrix(len(dataset.classes), ignore_index=dataset.ignore_index).to(device)
     for index in range(rank(), len(dataset), world_size()):
         image, mask = dataset[index]

@@ -88,8 +88,9 @@ def logged_scores(records: list[Record], classes: tuple[str, ...]) -> dict[str, 
         return {}
     networks = [network for network in ("student", "teacher") if f"miou/{network}" in evaluated[-1]]
     scores = {network: _scores(evaluated[-1], network, classes) for network in networks}
-    students = [(record, name) for record in evaluated for name in ("student", "renewed") if f"miou/{name}" in record]
-    return scores | {BEST: _scores(*max(students, key=_miou), classes)}
+    names = ("student", "renewed")
+    students = [_scores(record, name, classes) for record in evaluated for name in names if f"miou/{name}" in record]
+    return scores | {BEST: max(students, key=lambda s: -math.inf if math.isnan(s.miou) else s.miou)}
 
 
 def finished(run: FitConfig) -> bool:
@@ -97,12 +98,6 @@ def finished(run: FitConfig) -> bool:
     records = read_metrics(run.run.out)
     done = bool(records) and records[-1]["step"] == run.optim.steps and "miou/student" in records[-1]
     return done and same_as_written(run)
-
-
-def _miou(evaluation: tuple[Record, str]) -> float:
-    record, network = evaluation
-    miou = record[f"miou/{network}"]
-    return -math.inf if miou is None else miou
 
 
 def _scores(record: Record, network: str, classes: tuple[str, ...]) -> Scores:

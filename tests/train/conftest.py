@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from dataclasses import replace
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -13,8 +15,20 @@ import torch
 from PIL import Image
 
 from train.config import DataConfig, FitConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from train.loop import fit
+from train.scores import Scores
 
 CLASSES = ("sky 90 160 220", "grass 60 160 60", "brick 180 70 50")
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the server of `processes` import while the first tests run."""
+    if any("processes" in getattr(item, "fixturenames", ()) for item in session.items):
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +37,7 @@ def processes() -> BaseContext:
 
     The server itself never computes, so that a fork is safe.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.loop", "train.networks.timm_deeplab", "torch.utils.tensorboard"])
-    return context
+    return PROCESSES
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +126,24 @@ def tiny_session(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FitC
             out=tmp_path_factory.mktemp("tiny") / "run", device="cpu", log_every=1, evaluate_every=4, checkpoint_every=3
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def finished_once(
+    tiny_session: FitConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FitConfig, dict[str, Scores]]:
+    """``tiny``, trained to the end, and its scores; no test may write into its folder."""
+    config = replace(tiny_session, run=replace(tiny_session.run, out=tmp_path_factory.mktemp("finished") / "run"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scores = fit(config)
+    torch.set_num_threads(threads)
+    return config, scores
+
+
+@pytest.fixture
+def finished(finished_once: tuple[FitConfig, dict[str, Scores]], tmp_path: Path) -> FitConfig:
+    """A finished run in a folder of its own."""
+    config, _ = finished_once
+    out = Path(shutil.copytree(config.run.out, tmp_path / "finished"))
+    return replace(config, run=replace(config.run, out=out))

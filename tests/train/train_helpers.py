@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,12 @@ def pixel_counts(dataset: SegmentationDataset) -> torch.Tensor:
     """Read every item; labelled pixels of each class, int64 ``[C]``."""
     counts = sum(torch.bincount(dataset[index][1].flatten(), minlength=256) for index in range(len(dataset)))
     return counts[: len(dataset.classes)]
+
+
+def quietly(target: Callable[..., None], *arguments: Any) -> None:
+    """Run in another process without progress bars, which pytest would not capture there."""
+    with redirect_stderr(io.StringIO()):
+        target(*arguments)
 
 
 def in_folder(config: FitConfig, out: Path, **changes: Any) -> FitConfig:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from train.errors import UserError
 from train.networks.base import MEANS, Colour, DeepLab
 from train.networks.deeplab_v2 import DeepLabV2
@@ -28,11 +25,8 @@ def build_network(name: str, num_classes: int, mean: Colour, branches: int = 2) 
     Raises:
         UserError: an unknown name, or branches outside 1..4.
     """
-    networks: dict[str, Callable[[int, Colour], DeepLab]] = {
-        "deeplab_v2": partial(DeepLabV2, branches=branches),
-        "deeplab_v2_coco": partial(DeepLabV2, branches=branches, caffe=True),
-        "deeplab_v3plus": DeepLabV3Plus,
-    }
-    if name not in networks:
+    if name not in NETWORKS:
         raise UserError(f"unknown network {name!r}: give one of {', '.join(NETWORKS)}")
-    return networks[name](num_classes, mean)
+    if name == "deeplab_v3plus":
+        return DeepLabV3Plus(num_classes, mean)
+    return DeepLabV2(num_classes, mean, branches, caffe=name == "deeplab_v2_coco")

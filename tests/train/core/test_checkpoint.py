@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from multiprocessing.context import BaseContext
@@ -15,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import assert_same_state, in_folder
+from tqdm import tqdm
+from train_helpers import assert_same_state, in_folder, quietly
 
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
@@ -23,6 +26,7 @@ from train.config_file import from_plain, to_plain
 from train.errors import Interrupted, UserError
 from train.logs import read_metrics
 from train.loop import fit
+from train.scores import Scores
 from train.session import open_session
 from train.step import training_step
 
@@ -30,6 +34,7 @@ from train.step import training_step
 def train_in_process(config: FitConfig) -> None:
     """Train; after an interrupt, leave its message beside the run and exit with status 130."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # one between processes would leak when this one is killed
     try:
         fit(config)
     except Interrupted as stop:
@@ -56,7 +61,7 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     long: FitConfig, tmp_path: Path, sent: signal.Signals, processes: BaseContext
 ):
     whole, broken = in_folder(long, tmp_path / "whole"), in_folder(long, tmp_path / "broken")
-    process = processes.Process(target=train_in_process, args=(broken,))
+    process = processes.Process(target=quietly, args=(train_in_process, broken))
     process.start()
     wait_for_step(broken, 8, process)
     assert process.pid is not None
@@ -80,26 +85,23 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     assert lines[0] == lines[1] and [record["step"] for record in lines[0]] == list(range(1, 15))
 
 
-def test_finished_run_is_only_evaluated(tiny: FitConfig):
-    scores = fit(tiny)
-    written = (tiny.run.out / "last.pt").stat().st_mtime_ns
-    assert fit(tiny) == scores and (tiny.run.out / "last.pt").stat().st_mtime_ns == written
+def test_finished_run_is_only_evaluated(finished: FitConfig, finished_once: tuple[FitConfig, dict[str, Scores]]):
+    written = (finished.run.out / "last.pt").stat().st_mtime_ns
+    assert fit(finished) == finished_once[1] and (finished.run.out / "last.pt").stat().st_mtime_ns == written
 
 
-def test_evaluation_logging_and_checkpoints_do_not_change_the_training(tiny: FitConfig, tmp_path: Path):
-    first = in_folder(tiny, tmp_path / "often", evaluate_every=1, checkpoint_every=1)
-    second = in_folder(tiny, tmp_path / "rarely", evaluate_every=99, checkpoint_every=99, log_every=99)
-    fit(first)
-    fit(second)
-    assert_same_state(first.run.out / "last.pt", second.run.out / "last.pt")
+@pytest.mark.parametrize("every", [1, 99])
+def test_evaluation_logging_and_checkpoints_do_not_change_the_training(
+    tiny: FitConfig, finished: FitConfig, every: int
+):
+    other = in_folder(tiny, tiny.run.out, evaluate_every=every, checkpoint_every=every, log_every=every)
+    fit(other)
+    assert_same_state(finished.run.out / "last.pt", other.run.out / "last.pt")
 
 
-def test_loader_processes_do_not_change_the_training(tiny: FitConfig, tmp_path: Path):
-    first = in_folder(tiny, tmp_path / "here")
-    second = replace(in_folder(tiny, tmp_path / "workers"), data=replace(tiny.data, workers=2))
-    fit(first)
-    fit(second)
-    assert_same_state(first.run.out / "last.pt", second.run.out / "last.pt")
+def test_loader_processes_do_not_change_the_training(tiny: FitConfig, finished: FitConfig):
+    fit(replace(tiny, data=replace(tiny.data, workers=2)))
+    assert_same_state(finished.run.out / "last.pt", tiny.run.out / "last.pt")
 
 
 def test_failed_write_leaves_the_old_checkpoint(tiny: FitConfig, monkeypatch: pytest.MonkeyPatch):
@@ -119,9 +121,8 @@ def test_failed_write_leaves_the_old_checkpoint(tiny: FitConfig, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "weights", "version"])
-def test_unusable_checkpoint_is_refused_and_kept(tiny: FitConfig, kind: str):
-    path = tiny.run.out / "last.pt"
-    fit(tiny)
+def test_unusable_checkpoint_is_refused_and_kept(finished: FitConfig, kind: str):
+    path = finished.run.out / "last.pt"
     whole = path.read_bytes()
     if kind == "weights":
         torch.save({"weight": torch.zeros(2)}, path)
@@ -131,30 +132,27 @@ def test_unusable_checkpoint_is_refused_and_kept(tiny: FitConfig, kind: str):
         path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint"}[kind])
     before = path.read_bytes()
     with pytest.raises(UserError) as error:
-        fit(tiny)
+        fit(finished)
     message = str(error.value)
     assert str(path) in message and "move it away, or choose another --out" in message and "\n" not in message
     assert path.read_bytes() == before
 
 
-def test_other_configuration_is_refused_naming_the_fields(tiny: FitConfig):
-    fit(tiny)
-    other = replace(tiny, optim=replace(tiny.optim, steps=9, lr=0.1), run=replace(tiny.run, log_every=2))
+def test_other_configuration_is_refused_naming_the_fields(finished: FitConfig):
+    run = replace(finished.run, log_every=2)
+    other = replace(finished, optim=replace(finished.optim, steps=9, lr=0.1), run=run)
     with pytest.raises(UserError, match=r"\(optim\.lr 0\.05 -> 0\.1; optim\.steps 8 -> 9\)"):
         fit(other)
 
 
-def test_other_data_is_refused(tiny: FitConfig, tmp_path: Path):
-    from shutil import copytree
-
-    fit(tiny)
-    assert tiny.data.root is not None
-    moved = Path(copytree(tiny.data.root, tmp_path / "moved"))
-    fit(replace(tiny, data=replace(tiny.data, root=moved)))  # the same data elsewhere is fine
+def test_other_data_is_refused(finished: FitConfig, tmp_path: Path):
+    assert finished.data.root is not None
+    moved = Path(shutil.copytree(finished.data.root, tmp_path / "moved"))
+    fit(replace(finished, data=replace(finished.data, root=moved)))  # the same data elsewhere is fine
     names = (moved / "train.txt").read_text().split()
     (moved / "train.txt").write_text("\n".join(names[:-1]))
     with pytest.raises(UserError, match="images of the data set changed"):
-        fit(replace(tiny, data=replace(tiny.data, root=moved)))
+        fit(replace(finished, data=replace(finished.data, root=moved)))
 
 
 def test_configuration_survives_the_checkpoint(tiny: FitConfig):

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from train_helpers import ROOT, TINY_OPTIONS
 
-from train.command_line import EvaluateConfig, MakeDataConfig, main
+from train.command_line import COMMANDS, EvaluateConfig, MakeDataConfig, main
 from train.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from train.paper.figures import FiguresConfig
 from train.paper.reproduce import ReproduceConfig
 from train.paper.variants import RowOptions
+from train.studies.ablation import AblationConfig
 from train.studies.demo import DemoConfig
 
 TINY = [
     *("--dataset", "folder", "--labelled", "6", "--crop", "32", "--labelled-batch", "3", "--unlabelled-batch", "2"),
-    *("--encoder", "test_efficientnet", "--no-pretrained", "--encoder-maps", "1", "3", "--aspp-channels", "8"),
-    *("--decoder-channels", "8", "--contrast-dim", "8", "--memory-rows", "8", "--memory-start", "1"),
-    *("--contrast-start", "2", "--steps", "4", "--device", "cpu"),
+    *(*TINY_OPTIONS, "--memory-rows", "8", "--memory-start", "1", "--contrast-start", "2", "--steps", "4"),
 ]
 
-
-POSITIONAL = (EvaluateConfig, MakeDataConfig, FiguresConfig)
+POSITIONAL = (EvaluateConfig, MakeDataConfig, FiguresConfig, AblationConfig)
 
 
 def test_fit_then_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -101,6 +102,7 @@ def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("make-data", (MakeDataConfig,)),
         ("reproduce", (ReproduceConfig,)),
         ("figures", (FiguresConfig,)),
+        ("ablation", (AblationConfig,)),
     ],
 )
 def test_help_names_and_explains_every_option(
@@ -112,8 +114,34 @@ def test_help_names_and_explains_every_option(
     assert stop.value.code == 0
     for config in configs:
         for field in fields(config):
-            positional = config in POSITIONAL and field.name in ("checkpoint", "kind", "data")
+            positional = config in POSITIONAL and field.name in ("checkpoint", "kind", "data", "dataset", "root")
             assert positional or f"--{field.name.replace('_', '-')}" in text
         # an option without a line of explanation would be a field without the string below it
         source = inspect.getsource(config)
         assert source.count('    """') - 1 == len(fields(config))
+
+
+def test_rows_and_help_start_without_torch():
+    """Importing torch takes seconds."""
+    code = (
+        "import sys; from train.command_line import main; assert main(['rows']) == main(['--help']) == 0\n"
+        "heavy = {'torch', 'timm', 'torchvision', 'matplotlib', 'numpy'} & sys.modules.keys(); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" labelled  deeplab") == 25 and "make-data" in done.stdout
+
+
+def test_unknown_command_is_refused_with_a_list_of_all(capsys: pytest.CaptureFixture[str]):
+    for arguments in (["trane"], []):
+        assert main(arguments) == 2
+        message = capsys.readouterr().err
+        assert all(f"\n  {name} " in message for name in COMMANDS)
+
+
+def test_only_some_commands_run_on_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["demo"]) == 2
+    assert "error: torchrun is for fit, evaluate, reproduce: start demo with python -m train" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from train.config import FitConfig
 from train.data.folder import open_folder
 from train.evaluate import evaluate, evaluate_checkpoint, predict, scores_of
 from train.logs import BEST
-from train.loop import fit
+from train.scores import Scores
 from train.session import build_training
 
 
@@ -52,8 +52,9 @@ def test_prediction_has_the_size_asked_for(tiny: FitConfig):
     assert predict(learner, image).shape == (32, 48) and predict(learner, image, (64, 96)).shape == (64, 96)
 
 
-def test_checkpoint_scores_as_at_the_end_of_the_training(tiny: FitConfig):
-    scores = fit(tiny)
-    best = scores.pop(BEST)
-    assert set(scores) == {"student", "teacher"} and evaluate_checkpoint(tiny.run.out / "last.pt") == scores
-    assert evaluate_checkpoint(tiny.run.out / "best.pt")["student"] == best
+def test_checkpoint_scores_as_at_the_end_of_the_training(finished_once: tuple[FitConfig, dict[str, Scores]]):
+    config, scores = finished_once
+    best = scores[BEST]
+    assert set(scores) == {"student", "teacher", BEST}
+    assert evaluate_checkpoint(config.run.out / "last.pt") == {name: scores[name] for name in ("student", "teacher")}
+    assert evaluate_checkpoint(config.run.out / "best.pt")["student"] == best

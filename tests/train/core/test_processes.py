@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import ROOT, assert_same_state, in_folder
+from train_helpers import ROOT, TINY_OPTIONS, assert_same_state, in_folder, quietly
 
 import train.loop
 from train.augment import AugmentConfig
 from train.checkpoint import read_checkpoint
+from train.command_line import main
 from train.config import FitConfig
 from train.data.folder import open_folder
 from train.distributed import any_rank, choose_device, mean_over_ranks, rank
@@ -144,6 +147,16 @@ def _rank(number: int, folder: str, config: FitConfig) -> None:
     torch.distributed.destroy_process_group()
 
 
+def run_all(processes: BaseContext, target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
+    """Run ``target`` in one process for each tuple of arguments; all must succeed."""
+    started = [processes.Process(target=quietly, args=(target, *args)) for args in arguments]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * len(arguments)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("processes")
@@ -152,12 +165,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(shared: FitConfig, work: Path, processes: BaseContext) -> list[Results]:
     """Results of :func:`_rank` on each rank."""
-    started = [processes.Process(target=_rank, args=(number, str(work), shared)) for number in range(WORLD)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-    assert [process.exitcode for process in started] == [0] * WORLD
+    run_all(processes, _rank, [(number, str(work), shared) for number in range(WORLD)])
     return [torch.load(work / f"{number}.pt", weights_only=True) for number in range(WORLD)]
 
 
@@ -259,20 +267,31 @@ def test_synchronised_batchnorm_is_the_same_network(shared: FitConfig):
     assert len(layers) > 10 and all(isinstance(layer, torch.nn.SyncBatchNorm) for layer in layers)
 
 
-def test_torchrun_trains_stops_and_goes_on(tmp_path: Path):
-    """On the built-in tiles. Ctrl-C reaches torchrun, which passes it on."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def _as_torchrun_starts_it(number: int, port: str, arguments: list[str], output: Path) -> None:
+    """Run the command in this process with the environment that torchrun gives to its process ``number``."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(number), "LOCAL_RANK": str(number)}
+    os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    with open(output, "w") as file, redirect_stdout(file):
+        sys.exit(main(arguments))
+
+
+def test_torchrun_trains_stops_and_goes_on(tmp_path: Path, processes: BaseContext):
+    """On the built-in tiles. Ctrl-C reaches torchrun, which passes it on."""
     out = tmp_path / "run"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)),
-        *("-m", "train", "fit", "--out", str(out), "--crop", "32", "--labelled-batch", "4", "--device", "cpu"),
-        *("--encoder", "test_efficientnet", "--no-pretrained", "--encoder-maps", "1", "3", "--aspp-channels", "8"),
-        *("--decoder-channels", "8", "--contrast-dim", "8", "--memory-start", "0", "--contrast-start", "0"),
-        *("--steps", "12", "--log-every", "1", "--memory-sync", "reduce"),
-    ]
-    options: dict[str, Any] = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    arguments = ["fit", "--out", str(out), "--crop", "32", "--labelled-batch", "4", *TINY_OPTIONS]
+    arguments += ["--memory-start", "0", "--contrast-start", "0", "--steps", "12", "--log-every", "1"]
+    arguments += ["--memory-sync", "reduce"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True}
+    command = [sys.executable, *launcher, "-m", "train", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     deadline = time.monotonic() + 300
     while len(read_metrics(out)) < 2:
@@ -282,11 +301,10 @@ def test_torchrun_trains_stops_and_goes_on(tmp_path: Path):
     _, errors = first.communicate(timeout=300)
     steps = read_checkpoint(out / "last.pt")["training"]["step"]
     assert first.returncode != 0 and 2 <= steps < 12
-    assert (
-        errors.count(f"interrupted after step {steps} of 12") == 1 and "torchrun --nproc-per-node 2 -m train" in errors
-    )
+    assert errors.count(f"interrupted after step {steps} of 12") == 1
+    assert "torchrun --nproc-per-node 2 -m train" in errors
 
-    second = subprocess.run(command, capture_output=True, timeout=300, **options)
-    assert second.returncode == 0, second.stderr
+    port, outputs = free_port(), [tmp_path / f"{number}.txt" for number in range(WORLD)]
+    run_all(processes, _as_torchrun_starts_it, [(number, port, arguments, outputs[number]) for number in range(WORLD)])
     assert [record["step"] for record in read_metrics(out)] == list(range(1, 13))
-    assert second.stdout.count("| **mean** |") == 1  # printed by rank 0 alone
+    assert [output.read_text().count("| **mean** |") for output in outputs] == [1, 0]  # rank 0 alone prints

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from train_helpers import TINY_OPTIONS
 
 from train.command_line import main
 from train.config import FitConfig
@@ -49,10 +50,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(scenes: Path) -> Path:
     """Folder with a run of the whole method on images of half size, and one with all labels on images as they are."""
     options = ["--dataset", "cityscapes", "--root", str(scenes), "--crop", "32", "--labelled-batch", "3"]
-    options += ["--unlabelled-batch", "2", "--encoder", "test_efficientnet", "--no-pretrained", "--encoder-maps", "1"]
-    options += ["3", "--aspp-channels", "8", "--decoder-channels", "8", "--contrast-dim", "8", "--memory-rows", "8"]
-    options += ["--memory-start", "0", "--contrast-start", "1", "--confidence", "0.01", "--steps", "4", "--lr", "0.1"]
-    options += ["--device", "cpu"]
+    options += ["--unlabelled-batch", "2", *TINY_OPTIONS, "--memory-rows", "8", "--memory-start", "0"]
+    options += ["--contrast-start", "1", "--confidence", "0.01", "--steps", "4", "--lr", "0.1"]
     out = scenes.parent
     assert main(["fit", "--out", str(out / "ours"), *options, "--scale", "0.5", "--labelled", "4"]) == 0
     assert main(["fit", "--out", str(out / "all"), *options, "--method", "supervised", "--labelled", "1.0"]) == 0

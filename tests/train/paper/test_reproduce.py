@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from train import loop, models
@@ -25,7 +26,7 @@ from train.config_file import to_plain
 from train.data.scenes.layouts import make_scenes
 from train.evaluate import evaluate_checkpoint
 from train.logs import BEST, read_metrics
-from train.networks import Colour, deeplab_v2, deeplab_v3plus
+from train.networks import Colour, backbone, deeplab_v2, deeplab_v3plus
 from train.networks.backbone import Backbone
 from train.networks.base import DeepLab
 from train.paper.comparison import Line, write_comparison
@@ -51,16 +52,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Thin(Bottleneck):
+    """A block with an eighth of the channels inside."""
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, *rest, **options) -> None:
+        super().__init__(inplanes, planes, stride, downsample, groups, base_width // 8, *rest, **options)
+
+
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paper's networks with one block a stage and one atrous rate, which have the same parts and save quickly."""
-
-    def backbone(blocks: tuple[int, ...], *rest) -> Backbone:
-        return Backbone((1, 1, 1, 1), *rest)
-
+    """The paper's networks with one thin block a stage and no atrous convolution in ASPP, to be saved quickly."""
+    monkeypatch.setattr(backbone, "Bottleneck", Thin)
     for module in (deeplab_v2, deeplab_v3plus):
-        monkeypatch.setattr(module, "Backbone", backbone)
-    monkeypatch.setattr(deeplab_v3plus, "ASPP", lambda channels, rates: ASPP(channels, rates[:1]))
+        monkeypatch.setattr(module, "Backbone", lambda blocks, *rest: Backbone((1, 1, 1, 1), *rest))
+    monkeypatch.setattr(deeplab_v3plus, "ASPP", lambda channels, rates: ASPP(channels, []))
 
 
 class TwoLayers(DeepLab):

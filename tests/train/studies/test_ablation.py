@@ -19,7 +19,7 @@ from train.studies.recipe import short_recipe
 
 @pytest.fixture
 def settings(folder: Path, tmp_path: Path) -> AblationConfig:
-    return AblationConfig("folder", folder, labelled=(0.5,), seeds=(0, 1), steps=6, out=tmp_path / "ablation")
+    return AblationConfig("folder", folder, labelled=(0.5,), seeds=(0, 1), steps=4, out=tmp_path / "ablation")
 
 
 @pytest.fixture
