@@ -63,7 +63,7 @@ def fit(arguments: list[str]) -> str:
     else:
         from train.config import parse_fit
 
-        config = parse_fit(arguments, description=fit.__doc__)
+        config = parse_fit(arguments, description=inspect.getdoc(fit))
     from train.loop import fit as train_network
     from train.scores import scores_table
 
