@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +63,7 @@ def fit(arguments: list[str]) -> str:
     else:
         from train.config import parse_fit
 
-        config = parse_fit(arguments, description=fit.__doc__)
+        config = parse_fit(arguments, description=inspect.getdoc(fit))
     from train.loop import fit as train_network
     from train.scores import scores_table
 
@@ -166,7 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if several and name not in ON_SEVERAL_PROCESSES:
             raise UserError(f"torchrun is for {', '.join(ON_SEVERAL_PROCESSES)}: start {name} with python -m train")
-        with _processes() if several else nullcontext():
+        if several:
+            from train.distributed import processes
+        with processes() if several else nullcontext():
             if text := COMMANDS[name](rest):
                 print(text)
     except UserError as error:
@@ -180,12 +182,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted before the training began, or twice: nothing more was saved", file=sys.stderr)
         return 130
     return 0
-
-
-def _processes() -> AbstractContextManager[None]:
-    from train.distributed import processes
-
-    return processes()
 
 
 def _parse(config: type, command: str, arguments: list[str], **options: Any) -> Any:

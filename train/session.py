@@ -24,7 +24,7 @@ from train.data.datasets import open_dataset
 from train.data.splits import choose_labelled
 from train.distributed import choose_device, gather, rank, seed_rank
 from train.errors import UserError
-from train.models import Learner, build_learner, synchronise_batchnorm
+from train.models import Learner, build_learner, synchronise_batchnorm, to_channels_last
 from train.schedules import build_optimizer, from_source, poly_schedule
 
 CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
@@ -126,7 +126,7 @@ def build_training(
         if torch.device(device).type != "cuda":
             raise UserError(f"--sync-batchnorm: PyTorch has it for CUDA, not for {device}; leave it out")
         learner.network = synchronise_batchnorm(learner.network)
-    learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU and GPU
+    to_channels_last(learner)
     teacher = copy.deepcopy(learner).requires_grad_(False)
     optimizer = build_optimizer(learner, config.optim)
     semi_supervised = config.method.method != "supervised"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from train.config_file import differing_fields, to_plain
 from train.data.folder import open_folder
 from train.errors import UserError
 from train.session import open_session
-from train.studies import demo
+from train.studies import demo, report
 from train.studies.cost import contrast_cost
 from train.studies.curves import smooth
 from train.studies.demo import DemoConfig, demo_configs, run_demo
@@ -39,6 +40,7 @@ def tiny_demo(tiny: FitConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         }
 
     monkeypatch.setattr(demo, "demo_configs", small)
+    monkeypatch.setattr(report, "contrast_cost", partial(contrast_cost, rounds=1))
     return DemoConfig(out=tmp_path / "demo", device="cpu")
 
 
@@ -49,16 +51,16 @@ def test_report_has_all_runs_numbers_and_pictures(tiny_demo: DemoConfig, capsys:
 
     written = {path: path.stat().st_mtime_ns for path in tiny_demo.out.rglob("last.pt")}
     assert len(written) == 3
-    report = run_demo(tiny_demo)  # trains the reference; finished runs are not trained again
+    path = run_demo(tiny_demo)  # trains the reference; finished runs are not trained again
     assert written == {path: path.stat().st_mtime_ns for path in written}
     assert len(list(tiny_demo.out.rglob("last.pt"))) == 4
 
-    text = report.read_text()
+    text = path.read_text()
     assert "| IoU, % | (a) labels only | (b) + pseudo-labels | (c) + contrast | all labels |" in text
     for name in ("sky", "grass", "brick", r"\*\*mean\*\*"):
         assert re.search(rf"\| {name} \|( \**[\d.]+\** \|){{4}}", text), name
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
-        pixels = np.asarray(Image.open(report.parent / picture).convert("RGB"))
+        pixels = np.asarray(Image.open(path.parent / picture).convert("RGB"))
         assert pixels.shape[0] > 200 and pixels.std() > 10, picture
     assert len(re.findall(r"\]\(\S+\.png\)", text)) == 3
     assert re.search(r"\*\*\d+ %\*\*", text) and "one seed (0)" in text and "nan" not in text.lower()
