@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .checks import check_label_values
+from .functional import gather_pixels
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
 from .memory import ClassMemory
 from .reference import unit_rows
-from .select import Anchors, confident, labels_at, logits_at
+from .segments import Segments, class_order, valid_labels_at
+from .select import Anchors, all_anchors, confident, labels_at, logits_at
 from .stats import ContrastStats, InfoNCEStats
 
 
@@ -123,13 +125,13 @@ class ContrastBranch(nn.Module):
             backend=backend,
             across_ranks=objective == "positive" and sync != "local",
         )
-        self.objective, self.variant, self.ignore_index = objective, variant, ignore_index
+        self.objective, self.variant, self.ignore_index, self.backend = objective, variant, ignore_index, backend
         self.num_classes, self.threshold, self.quota, self.dense = num_classes, threshold, quota, dense
-        self.project = MLPHead(in_channels, dim)
+        self.project = MLPHead(in_channels, dim, backend)
         if objective == "positive":
-            self.predict = MLPHead(dim, dim)
-            self.select_features = ClassSelectors(num_classes, dim)
-            self.select_memory = ClassSelectors(num_classes, dim)
+            self.predict = MLPHead(dim, dim, backend)
+            self.select_features = ClassSelectors(num_classes, dim, backend=backend)
+            self.select_memory = ClassSelectors(num_classes, dim, backend=backend)
         self.capacity = (256 if objective == "positive" else 0) if capacity is None else capacity
         if self.capacity > 0 or objective == "positive":
             self.memory = ClassMemory(num_classes, self.capacity, dim, sync=sync, dtype=memory_dtype)
@@ -163,22 +165,31 @@ class ContrastBranch(nn.Module):
             raise ValueError("ContrastBranch.remember: this branch has no memory; give it a capacity")
         heads = self if teacher is None else teacher
         label = self._good(features, logits, labels)
-        flat, batch = label.reshape(-1), label.shape[0]
-        images = torch.arange(batch, device=label.device)[:, None, None].expand_as(label).reshape(-1)
+        batch = label.shape[0]
+        images = torch.arange(batch, device=label.device)[:, None, None]
         if self.objective == "infonce":
-            chance = torch.rand(flat.shape, device=flat.device, generator=generator)
-            picked = self.memory.choose(flat, chance, self.quota, images, batch)[0].reshape(-1)
-            of_picked = torch.where(picked >= 0, flat[picked.clamp_min(0)], -1)
-            self.memory.push(heads.project.at(features, picked), of_picked)
+            flat, chance = label.reshape(-1), torch.rand(label.numel(), device=label.device, generator=generator)
+            image = images.expand_as(label).reshape(-1)
+            picked = self.memory.choose(flat, chance, self.quota, image, batch, backend=self.backend)[0]
+            classes = torch.arange(self.num_classes, device=label.device)[:, None]
+            rows, segments = heads._project_some(features, picked, torch.where(picked >= 0, classes, -1))
+            self.memory.push_sorted(rows, segments, backend=self.backend)
             return
-        index = _places(flat >= 0)
-        projected = heads.project.at(features, index)
-        ranked = projected if self.variant == "released" else heads.predict(projected, index >= 0)
-        scores = heads.select_features(heads.selector_input(ranked), flat)
         if self.variant == "released":
-            self.memory.push(projected, flat, -scores, None if self.quota is None else self.quota * batch)
+            segments = classes = class_order(label, self.num_classes, self.backend)
+            rows = ranked = heads.project(features, segments)
+            quota, images_of_class = None if self.quota is None else self.quota * batch, 1
         else:
-            self.memory.push(projected, flat, scores, self.quota, images, batch)
+            by_image = torch.where(label >= 0, label * batch + images, -1)
+            segments = class_order(by_image, self.num_classes * batch, self.backend)
+            count = segments.count.view(-1, batch).sum(1)
+            classes = segments._replace(order=None, start=segments.start[::batch].contiguous(), count=count)
+            rows = heads.project(features, segments)
+            ranked = heads.predict(rows, classes)
+            quota, images_of_class = self.quota, batch
+        scores = heads.select_features(heads.selector_input(ranked), classes.start, classes.count)
+        scores = -scores if self.variant == "released" else scores
+        self.memory.push_sorted(rows, segments, scores, quota, images_of_class, backend=self.backend)
 
     def _good(self, features: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
         """Labels ``[B, h, w]`` of the pixels that are good enough to be remembered, -1 elsewhere."""
@@ -220,46 +231,55 @@ class ContrastBranch(nn.Module):
         label = self._labels(features, labels, "forward")
         if self.objective == "infonce":
             anchors = self.criterion.anchors(label, predict, generator)
-            rows, used = self._anchor_rows(features, label, anchors), anchors.indices >= 0
-            listed = Anchors(_places(used), anchors.labels)
+            rows, anchors = self._anchor_rows(features, label, anchors)
             queue = self.memory if self.capacity > 0 else None
             # normalize() of autocast gives float32, and products of mixed dtypes would run in float32
             dtype = rows.dtype if queue is None else queue.rows.dtype
             unit = normalize(rows, dim=1).to(dtype)
-            return self.criterion.contrast(unit, listed, queue, return_stats=return_stats)
-        label = label.reshape(-1)
-        valid = label >= 0
-        rows = self.predict(self.project.at(features, _places(valid)), valid)
+            return self.criterion.contrast(unit, anchors, queue, return_stats=return_stats)
+        segments = class_order(label, self.num_classes, self.backend)
+        rows = self.predict(self.project(features, segments), segments._replace(order=None))
         # selectors learn what to weigh; they do not push the features (their input is detached)
-        weight_logits = self.select_features(self.selector_input(rows.detach()), label)
-        label = torch.where(valid, label, self.ignore_index)
-        queue_weight_logits = None if self.variant == "released" else self._memory_weight_logits()
+        weight_logits = self.select_features(self.selector_input(rows.detach()), segments.start, segments.count)
+        memory = self.memory
+        queue_weight_logits = None
+        if self.variant != "released":
+            memory_rows = memory.rows.flatten(0, 1)
+            queue_weight_logits = self.select_memory(memory_rows, None, memory.counts).view(memory.rows.shape[:2])
         return self.criterion(
             rows,
-            label,
-            queue=self.memory,
+            segments.labels,
+            queue=memory,
             weight_logits=weight_logits,
             queue_weight_logits=queue_weight_logits,
             return_stats=return_stats,
         )
 
-    def _anchor_rows(self, features: Tensor, label: Tensor, anchors: Anchors) -> Tensor:
-        """Projections of the anchors ``[R, dim]``."""
+    def _anchor_rows(self, features: Tensor, label: Tensor, anchors: Anchors) -> tuple[Tensor, Anchors]:
+        """Projections of the anchors ``[R, dim]``, and the anchors as indices of these rows."""
         if not self.dense:
-            return self.project.at(features, anchors.indices)
-        return self.project.at(features, _places(label.reshape(-1) >= 0))[anchors.indices.clamp_min(0)]
+            rows, segments = self._project_some(features, anchors.indices, anchors.labels)
+            return rows, all_anchors(segments.labels, -1)
+        segments = class_order(label, self.num_classes, self.backend)
+        assert segments.order is not None
+        row_of_pixel = torch.empty_like(segments.order).scatter_(
+            0, segments.order, torch.arange(len(segments.order), device=label.device)
+        )
+        used = anchors.indices >= 0
+        rows = torch.where(used, row_of_pixel[anchors.indices.clamp_min(0)], -1)
+        return self.project(features, segments), Anchors(rows, anchors.labels)
+
+    def _project_some(self, features: Tensor, index: Tensor, labels: Tensor) -> tuple[Tensor, Segments]:
+        """Projections of pixels ``index`` (-1: none) with ``labels`` alike, in class order, and their segments."""
+        segments = class_order(labels, self.num_classes, self.backend)
+        assert segments.order is not None
+        pixels = gather_pixels(features, index.reshape(-1)[segments.order], self.backend)
+        segments = segments._replace(order=None)
+        return self.project(pixels, segments), segments
 
     def selector_input(self, rows: Tensor) -> Tensor:
         """What the feature selectors see: unit rows; rows of any norm in the released variant."""
         return rows if self.variant == "released" else unit_rows(rows)
-
-    def _memory_weight_logits(self) -> Tensor:
-        """Weight logits ``[C, N]`` of the memory rows."""
-        memory = self.memory
-        classes = torch.arange(memory.num_classes, device=memory.rows.device)[:, None]
-        filled = torch.arange(memory.capacity, device=memory.rows.device) < memory.counts[:, None]
-        labels = torch.where(filled, classes, -1)
-        return self.select_memory(memory.rows.flatten(0, 1), labels.reshape(-1)).view_as(labels)
 
     def _labels(self, features: Tensor, labels: Tensor, where: str) -> Tensor:
         """Labels at feature resolution ``[B, h, w]``, -1 where they are ignored; complains about what does not fit."""
@@ -278,11 +298,6 @@ class ContrastBranch(nn.Module):
             raise ValueError(
                 f"ContrastBranch.{where}: labels are on {labels.device}, features on {features.device}; move one"
             )
-        label = labels_at(labels, (features.shape[2], features.shape[3]))
-        check_label_values(label, self.num_classes, self.ignore_index, f"ContrastBranch.{where}")
-        return torch.where((label >= 0) & (label < self.num_classes) & (label != self.ignore_index), label, -1)
-
-
-def _places(used: Tensor) -> Tensor:
-    """``[P]`` int64: each place where ``used [P]`` holds, -1 elsewhere."""
-    return torch.where(used, torch.arange(used.shape[0], device=used.device), -1)
+        size = (features.shape[2], features.shape[3])
+        check_label_values(labels_at(labels, size), self.num_classes, self.ignore_index, f"ContrastBranch.{where}")
+        return valid_labels_at(labels, size, self.num_classes, self.ignore_index, self.backend)

@@ -15,11 +15,10 @@ from .checks import (
     check_key_count,
     check_label_values,
     check_like,
-    check_pixel_values,
     check_pixels_and_labels,
     check_queue,
 )
-from .functions import InfoNCE, MemoryMean, Positive, Project
+from .functions import InfoNCE, MemoryMean, Positive
 from .select import Anchors
 
 BACKENDS = ("auto", "extension", "reference")
@@ -257,47 +256,3 @@ def infonce_contrast(
             features, *anchors, constants, queue_counts, excluded, temperature, base_temperature, loss_weight
         )
     )
-
-
-def project(
-    features: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
-) -> Tensor:
-    """Some pixels through a linear layer, ``torch.nn.functional.linear(rows_of(features)[index], weight, bias)``,
-    without copying the pixels first; see :func:`pixcontrast.reference.project`.
-
-    Args:
-        features: ``[P, Din]`` or ``[B, Din, H, W]`` (contiguous or channels_last).
-        index: ``[R]`` int64, the pixel of each row, -1 for none. A pixel may occur more than once. Fastest where row r
-            means pixel r or none.
-        weight: ``[Dout, Din]``, ``bias``: ``[Dout]`` or ``None``, cast to the dtype of ``features``.
-        backend: ``"auto"``, ``"extension"`` or ``"reference"``.
-
-    Returns:
-        ``[R, Dout]`` in the dtype of ``features``, or, like every linear layer, in that of autocast. A row without
-        pixel is zero and passes no gradient. Gradients reach ``features``, ``weight`` and ``bias``.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or (on CPU) pixels that do not fit, named.
-    """
-    check_float("features", features)
-    if features.dim() not in (2, 4):
-        raise ValueError(f"features must be [P, Din] or [B, Din, H, W], got {tuple(features.shape)}")
-    if index.dim() != 1:
-        raise ValueError(f"index must be [R], got {tuple(index.shape)}")
-    check_like("index", index, tuple(index.shape), features.device)
-    check_int64("index", index)
-    check_float("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [Dout, Din={features.shape[1]}], got {tuple(weight.shape)}")
-    check_like("weight", weight, (weight.shape[0], features.shape[1]), features.device)
-    if bias is not None:
-        check_float("bias", bias)
-        check_like("bias", bias, (weight.shape[0],), features.device)
-    check_pixel_values(index, features.numel() // max(features.shape[1], 1))
-    device = features.device.type
-    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
-        features = features.to(torch.get_autocast_dtype(device))
-    weight, bias = weight.to(features.dtype), None if bias is None else bias.to(features.dtype)
-    if uses_extension(backend, features.device, features.dtype):
-        return Project.apply(features, index, weight, bias)
-    return reference.project(features, index, weight, bias)

@@ -14,10 +14,14 @@ InfoNCE is described at :func:`infonce`. Sums run in float32 (float64 for float6
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, logsigmoid, pad
+from torch.nn.functional import leaky_relu, linear, logsigmoid
+
+if TYPE_CHECKING:
+    from .norm_linear import Norm
 
 NORM_FLOOR = 1e-12
 MIN_ROWS = 2  # a class takes part from two feature rows and two memory rows on, as in the released code
@@ -63,24 +67,72 @@ def as_rows(features: Tensor) -> Tensor:
     return features if features.dim() == 2 else features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
-def project(features: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Some pixels through a linear layer: row r is ``weight @ pixel[index[r]] + bias``.
+def members(rows: int, start: Tensor | None, count: Tensor) -> Tensor:
+    """``[P, C]`` bool: which of ``rows`` = P rows are of which segment; ``start`` and ``count`` ``[C]`` int64."""
+    classes = count.shape[0]
+    if start is None:
+        start = torch.arange(classes, device=count.device) * (rows // classes)
+    row = torch.arange(rows, device=count.device)[:, None]
+    return (row >= start) & (row < start + count)
 
-    Args:
-        features: ``[P, Din]`` or ``[B, Din, H, W]``.
-        index: ``[R]`` int64, the pixel of each row; outside ``[0, P)`` there is none.
-        weight: ``[Dout, Din]`` in the dtype of ``features``.
-        bias: ``[Dout]`` or ``None``.
 
-    Returns:
-        ``[R, Dout]`` in the dtype of ``features``; a row without pixel is zero and passes no gradient.
+def grouped_linear(rows: Tensor, weight: Tensor, start: Tensor | None, count: Tensor) -> Tensor:
+    """``rows [P, D]`` of segment c times the transpose of ``weight[c]``, ``weight [C, E, D]``: ``[P, E]``."""
+    classes, total = len(count), len(rows)
+    if torch.compiler.is_compiling():  # where no size can be read: every row by every matrix
+        member = members(total, start, count)
+        products = (torch.where(member[:, c, None], rows @ weight[c].t(), 0) for c in range(classes))
+        return sum(products, rows.new_zeros(total, weight.shape[1]))
+    begin = [c * (total // classes) for c in range(classes)] if start is None else start.tolist()
+    parts, end = [], 0
+    for c, (first, size) in enumerate(zip(begin, count.tolist(), strict=True)):
+        gap = rows.new_zeros(first - end, weight.shape[1])
+        parts += [gap, rows[first : first + size] @ weight[c].t()]
+        end = first + size
+    return torch.cat([*parts, rows.new_zeros(total - end, weight.shape[1])])
+
+
+def norm_linear(
+    hidden: Tensor,
+    hidden_bias: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor,
+    rows: tuple[Tensor | None, Tensor | None, Tensor],
+    slope: float,
+    dense: bool,
+) -> Tensor:
+    """BatchNorm over the rows of each segment, leaky ReLU and a linear layer; see :mod:`pixcontrast.norm_linear`.
+
+    ``rows`` are order, start and count. A bias added to all rows would cancel where their own mean is subtracted, so
+    ``hidden_bias`` only enters beside the running mean.
     """
-    pixels = as_rows(features)
-    found = (index >= 0) & (index < pixels.shape[0])
-    if pixels.shape[0] == 0:
-        pixels = pad(pixels, (0, 0, 0, 1))  # something to point at
-    rows = torch.where(found[:, None], pixels[torch.where(found, index, 0)], 0)
-    return torch.where(found[:, None], linear(rows, weight, bias), 0)
+    order, start, count = rows
+    dtype = accumulation_dtype(hidden.dtype)
+    member = members(len(hidden), start, count)
+    valid, member = member.any(1), member.to(dtype)
+    x = torch.where(valid[:, None], hidden if order is None else hidden[order], 0).to(dtype)
+    n = count.to(dtype)[:, None]
+    shape = (len(count), hidden.shape[1])
+    norm_weight, norm_bias, hidden_bias = (t.view(shape) for t in (norm.weight, norm.bias, hidden_bias))
+    running_mean, running_var = norm.running_mean.view(shape), norm.running_var.view(shape)
+    with torch.autocast(hidden.device.type, enabled=False):
+        mean = member.t() @ x / n.clamp_min(1)
+        centred = x - member @ mean
+        variance = member.t() @ centred.square() / n.clamp_min(1)
+        own = (n >= 2) & torch.tensor(norm.training, device=n.device)
+        scale = torch.rsqrt(torch.where(own, variance, running_var.clone()) + norm.eps) * norm_weight
+        shift = torch.where(own, 0, mean + hidden_bias - running_mean)
+        y = (centred + member @ shift) * (member @ scale) + member @ norm_bias
+        activations = leaky_relu(y, slope).to(hidden.dtype)
+        out = linear(activations, weight, bias) if dense else (member * (activations.to(dtype) @ weight.t() + bias)).sum(1)
+    with torch.no_grad():
+        rate = norm.momentum * own.to(dtype)
+        running_mean.add_(rate * (mean + hidden_bias - running_mean))
+        running_var.add_(rate * (variance * n / (n - 1).clamp_min(1) - running_var))
+        if norm.batches is not None:
+            norm.batches.add_(own[0, 0].long())
+    return out
 
 
 def positive(

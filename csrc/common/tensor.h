@@ -59,24 +59,25 @@ inline optional<Tensor> checked(const optional<Tensor>& t, const char* name, at:
 
 // Segments of `rows` rows.
 struct CheckedSegments {
-  Tensor start, count;  // [C] int64
+  optional<Tensor> start;  // [C] int64
+  Tensor count;            // [C] int64
   int64_t rows;
 
-  CheckedSegments(const Tensor& start_, const Tensor& count_, int64_t rows, const c10::Device& device) : rows(rows) {
-    TORCH_CHECK_VALUE(start_.dim() == 1, "start must be [C], got ", start_.sizes());
-    start = checked(start_, "start", start_.sizes(), at::kLong, device);
-    count = checked(count_, "count", start_.sizes(), at::kLong, device);
+  CheckedSegments(const optional<Tensor>& start_, const Tensor& count_, int64_t rows, const c10::Device& device)
+      : rows(rows) {
+    TORCH_CHECK_VALUE(count_.dim() == 1 && count_.numel() > 0, "count must be [C], got ", count_.sizes());
+    count = checked(count_, "count", count_.sizes(), at::kLong, device);
+    start = checked(start_, "start", count_.sizes(), at::kLong, device);
     if (!device.is_cpu()) return;  // elsewhere, reading them would wait for the device
-    int64_t last = 0;
-    for (int64_t c = 0; c < start.numel(); ++c) {
-      const int64_t first = read<int64_t>(start)[c], size = read<int64_t>(count)[c];
-      TORCH_CHECK_VALUE(first >= last && size >= 0 && first + size <= rows, "segments must ascend within 0..", rows,
-                        ", got ", first, " and ", size, " for class ", c);
-      last = first + size;
+    const Segments segments = get();
+    for (int64_t c = 0, last = 0; c < segments.classes; last = segments.end(c++)) {
+      TORCH_CHECK_VALUE(segments.begin(c) >= last && segments.count[c] >= 0 && segments.end(c) <= rows,
+                        "segments must ascend within 0..", rows, ", got ", segments.begin(c), " and ",
+                        segments.count[c], " for class ", c);
     }
   }
 
-  Segments get() const { return {rows, start.numel(), read<int64_t>(start), read<int64_t>(count)}; }
+  Segments get() const { return {rows, count.numel(), read<int64_t>(start), read<int64_t>(count)}; }
 };
 
 // ---- features [P, D] or [B, D, H, W]
@@ -193,5 +194,20 @@ struct Cuda {
 #define PIXCONTRAST_IMPLEMENT(implement) \
   TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) { implement<Cpu>(library); }
 #endif
+
+// out [n, m] = a [n, k] b [k, m] (+ bias [m]) by the library.
+template <class Device>
+void gemm(Tensor a, Tensor b, Tensor bias, Tensor out) {
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset);
+  const Tensor result = out;
+  // float16 products of the library take a hundred times as long on CPUs as those of float32
+  const bool widen = std::is_same_v<Device, Cpu> && out.scalar_type() == at::kHalf;
+  if (widen) {
+    a = a.to(at::kFloat), b = b.to(at::kFloat), bias = bias.defined() ? bias.to(at::kFloat) : bias;
+    out = at::empty(out.sizes(), a.options());
+  }
+  bias.defined() ? at::addmm_out(out, bias, a, b) : at::mm_out(out, a, b);
+  if (widen) result.copy_(out);
+}
 
 }  // namespace pixcontrast

@@ -1,10 +1,8 @@
-// Rows are cut into pieces of one class each. Their number is known on the device only, so as many blocks start as
-// there can be pieces, and a block whose piece does not exist ends at once.
-//
 // H100, 21125 rows x 256 to 256, 19 classes: 2.8 GFLOP, 184 x 2 blocks; in float32 50 us of FMA units. For the gradient
 // of the weight, 30 pieces of at most 2048 rows x 4 tiles, whose 8 MB of sums take 5 us.
 #include "common/cuda/launch.h"
-#include "common/cuda/pixels.cuh"
+#include "common/cuda/operands.cuh"
+#include "common/cuda/segments.cuh"
 #include "grouped_linear/grouped_linear.h"
 
 namespace pixcontrast {
@@ -13,39 +11,20 @@ namespace {
 
 constexpr int64_t kPieceRows = 2048;  // of a partial sum of the outer products
 
-struct Piece {
-  int group, first, last;  // class, rows; no class: -1
-};
-
-// The piece of that number if every class is cut into pieces of `size` rows.
-__device__ __forceinline__ Piece piece_of(const Groups& groups, int number, int size) {
-  for (int c = 0, begin = 0; c < groups.count; ++c) {
-    const int end = groups.ends[c], pieces = (end - begin + size - 1) / size;
-    if (number < pieces) {
-      const int first = begin + number * size;
-      return {c, first, min(first + size, end)};
-    }
-    number -= pieces;
-    begin = end;
-  }
-  return {-1, 0, 0};
-}
-
-int64_t most_pieces(const Groups& groups, int64_t size) { return groups.rows / size + groups.count; }
-
 template <class Product>
 __global__ void __launch_bounds__(kThreads, Product::kBlocks)
     grouped_linear(const __grid_constant__ GroupedLinear<typename Product::Number> args, bool aligned) {
   using T = typename Product::Number;
   CU_DYN_SHARED(T, shared);
   const int column_tiles = static_cast<int>((args.outputs + kTile - 1) / kTile);
-  const Piece piece = piece_of(args.groups, blockIdx.x / column_tiles, kTile);
-  if (piece.group < 0) return;  // the whole block
+  const Piece piece = piece_of(args.segments, blockIdx.x / column_tiles, kTile);
+  if (piece.c < 0) return;  // the whole block
   // Offsets inside a tile fit 32 bits, and registers are scarce.
   const int first_column = blockIdx.x % column_tiles * kTile, depth = static_cast<int>(args.dim);
-  const int rows_left = piece.last - piece.first, columns_left = static_cast<int>(args.outputs) - first_column;
+  const int rows_left = static_cast<int>(piece.end - piece.first);
+  const int columns_left = static_cast<int>(args.outputs) - first_column;
   const T* const first = args.rows + piece.first * args.dim;
-  const T* const weight = args.weight + (piece.group * args.outputs + first_column) * args.dim;
+  const T* const weight = args.weight + (piece.c * args.outputs + first_column) * args.dim;
   const auto rows = [&](int row, int k, int valid) {
     return load_some(first + row * depth + k, row < rows_left ? valid : 0, aligned);
   };
@@ -67,13 +46,13 @@ __global__ void __launch_bounds__(kThreads, Product::kBlocks)
                   bool right_aligned) {
   using T = typename Product::Number;
   CU_DYN_SHARED(T, shared);
-  const Piece piece = piece_of(args.groups, blockIdx.y, kPieceRows);
-  if (piece.group < 0) return;
+  const Piece piece = piece_of(args.segments, blockIdx.y, kPieceRows);
+  if (piece.c < 0) return;
   const int64_t column_tiles = (args.dim + kTile - 1) / kTile;
   const int64_t first_row = blockIdx.x / column_tiles * kTile, first_column = blockIdx.x % column_tiles * kTile;
-  const auto left = [&](int k) { return args.left + int64_t{piece.first + k} * args.outputs + first_row; };
-  const auto right = [&](int k) { return args.right + int64_t{piece.first + k} * args.dim + first_column; };
-  const int depth = piece.last - piece.first;
+  const auto left = [&](int k) { return args.left + (piece.first + k) * args.outputs + first_row; };
+  const auto right = [&](int k) { return args.right + (piece.first + k) * args.dim + first_column; };
+  const int depth = static_cast<int>(piece.end - piece.first);
   RowColumns<Product, decltype(left)> a(depth, args.outputs - first_row, left_aligned, left);
   RowColumns<Product, decltype(right)> b(depth, args.dim - first_column, right_aligned, right);
   multiply<Product>(a, b, depth, shared, [&](int row, int column, float sum) {
@@ -82,23 +61,16 @@ __global__ void __launch_bounds__(kThreads, Product::kBlocks)
   });
 }
 
-// Adds the pieces of each class in order. Grid: (numbers of a matrix / threads, classes).
+// Adds the pieces of each class in order. Grid: (elements of a matrix / threads, classes).
 template <class T>
 __global__ void add_pieces(const __grid_constant__ GroupedOuter<T> args, const float* sums) {
-  const int64_t numbers = args.outputs * args.dim, i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  int64_t piece = 0;
-  int begin = 0, rows = 0;
-  for (int c = 0; c <= static_cast<int>(blockIdx.y); ++c) {
-    piece += (rows + kPieceRows - 1) / kPieceRows;
-    rows = args.groups.ends[c] - begin;
-    begin = args.groups.ends[c];
-  }
-  if (i >= numbers) return;
+  const int64_t elements = args.outputs * args.dim, i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= elements) return;
+  const int64_t first = first_piece(args.segments, blockIdx.y, kPieceRows);
+  const int64_t end = first + pieces_in(args.segments.count[blockIdx.y], kPieceRows);
   float sum = 0;
-  for (const int64_t end = piece + (rows + kPieceRows - 1) / kPieceRows; piece < end; ++piece) {
-    sum += sums[piece * numbers + i];
-  }
-  args.result[blockIdx.y * numbers + i] = from_float<T>(sum);
+  for (int64_t piece = first; piece < end; ++piece) sum += sums[piece * elements + i];
+  args.result[blockIdx.y * elements + i] = from_float<T>(sum);
 }
 
 }  // namespace
@@ -107,9 +79,9 @@ __global__ void add_pieces(const __grid_constant__ GroupedOuter<T> args, const f
 template <class T>
 cudaError_t grouped_linear_cuda(const GroupedLinear<T>& args, bool tensor_cores, cudaStream_t stream) {
   using namespace cuda;
-  if (args.groups.rows * args.outputs == 0) return cudaSuccess;
+  if (args.segments.rows * args.outputs == 0) return cudaSuccess;
   const bool aligned = aligned_rows(args.rows, args.dim) && aligned_rows(args.weight, args.dim);
-  const dim3 grid(static_cast<unsigned>(most_pieces(args.groups, kTile)) * blocks_for(args.outputs, kTile));
+  const dim3 grid(static_cast<unsigned>(most_pieces(args.segments, kTile)) * blocks_for(args.outputs, kTile));
   return with_product<T>(tensor_cores, [&](auto product) {
     return cu_launch(grouped_linear<decltype(product)>, grid, dim3(kThreads), kSharedBytes<T>, stream, args, aligned);
   });
@@ -117,23 +89,23 @@ cudaError_t grouped_linear_cuda(const GroupedLinear<T>& args, bool tensor_cores,
 
 template <class T>
 size_t grouped_outer_cuda_workspace(const GroupedOuter<T>& args) {
-  return cuda::most_pieces(args.groups, cuda::kPieceRows) * args.outputs * args.dim * sizeof(float);
+  return cuda::most_pieces(args.segments, cuda::kPieceRows) * args.outputs * args.dim * sizeof(float);
 }
 
 template <class T>
 cudaError_t grouped_outer_cuda(const GroupedOuter<T>& args, bool tensor_cores, void* workspace, cudaStream_t stream) {
   using namespace cuda;
-  const int64_t numbers = args.outputs * args.dim;
-  if (numbers * args.groups.count == 0) return cudaSuccess;
+  const int64_t elements = args.outputs * args.dim;
+  if (elements * args.segments.classes == 0) return cudaSuccess;
   float* const sums = static_cast<float*>(workspace);
   const dim3 grid(blocks_for(args.outputs, kTile) * blocks_for(args.dim, kTile),
-                  static_cast<unsigned>(most_pieces(args.groups, kPieceRows)));
+                  static_cast<unsigned>(most_pieces(args.segments, kPieceRows)));
   const cudaError_t status = with_product<T>(tensor_cores, [&](auto product) {
     return cu_launch(grouped_outer<decltype(product)>, grid, dim3(kThreads), kSharedBytes<T>, stream, args, sums,
                      aligned_rows(args.left, args.outputs), aligned_rows(args.right, args.dim));
   });
   if (status != cudaSuccess) return status;
-  const dim3 of_classes(blocks_for(numbers, 256), static_cast<unsigned>(args.groups.count));
+  const dim3 of_classes(blocks_for(elements, 256), static_cast<unsigned>(args.segments.classes));
   return cu_launch(add_pieces<T>, of_classes, dim3(256), 0, stream, args, sums);
 }
 

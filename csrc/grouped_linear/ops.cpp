@@ -1,68 +1,94 @@
-// The operators behind grouped_linear and grouped_outer of pixcontrast/heads.py on CUDA; elsewhere PyTorch has what is
-// needed.
-#include "common/old_tensor.h"
-
-#ifdef PIXCONTRAST_WITH_CUDA
+#include "common/tensor.h"
 #include "grouped_linear/grouped_linear.h"
-#endif
 
 namespace pixcontrast {
 namespace {
 
+// On CPUs one product of the library a segment.
+
+void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result, Cpu) {
+  for (int64_t c = 0; c < segments.classes; ++c) {
+    const int64_t first = segments.begin(c), count = segments.count[c];
+    if (count > 0) gemm<Cpu>(rows.narrow(0, first, count), weight[c].t(), {}, result.narrow(0, first, count));
+  }
+}
+
+void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result, Cpu) {
+  for (int64_t c = 0; c < segments.classes; ++c) {
+    const int64_t first = segments.begin(c), count = segments.count[c];
+    if (count == 0) {
+      result[c].zero_();
+    } else {
+      gemm<Cpu>(left.narrow(0, first, count).t(), right.narrow(0, first, count), {}, result[c]);
+    }
+  }
+}
+
 #ifdef PIXCONTRAST_WITH_CUDA
-void check(const Tensor& rows, const Tensor& other, const Tensor& ends) {
-  TORCH_CHECK_VALUE(rows.dim() == 2, "rows must be [P, D], got ", rows.sizes());
-  TORCH_CHECK_TYPE(rows.scalar_type() == other.scalar_type(), "both must be ", rows.scalar_type(), ", got ",
-                   other.scalar_type());
-  TORCH_CHECK_VALUE(ends.dim() == 1, "ends must be [C], got ", ends.sizes());
-  TORCH_CHECK_TYPE(ends.scalar_type() == at::kInt, "ends must be int32, got ", ends.scalar_type());
-  TORCH_CHECK_VALUE(rows.device() == other.device() && rows.device() == ends.device(), "all must be on one device");
+void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result, Cuda) {
+  Cuda::dispatch(rows, "grouped_linear", [&](auto element, const Cuda& device) {
+    using T = decltype(element);
+    const GroupedLinear<T> args{segments,        rows.size(1),    weight.size(1),
+                                read<T>(rows), read<T>(weight), write<T>(result)};
+    C10_CUDA_CHECK(grouped_linear_cuda(args, device.tensor_cores(rows.scalar_type()), device.stream));
+  });
 }
 
-Groups groups_of(const Tensor& rows, const Tensor& ends) { return {rows.size(0), ends.size(0), read<int32_t>(ends)}; }
-
-Tensor linear(const Tensor& rows_, const Tensor& weight_, const Tensor& ends_) {
-  check(rows_, weight_, ends_);
-  TORCH_CHECK_VALUE(weight_.dim() == 3 && weight_.size(0) == ends_.size(0) && weight_.size(2) == rows_.size(1),
-                    "weight must be [C, E, D], got ", weight_.sizes());
-  const auto rows = rows_.contiguous(), weight = weight_.contiguous(), ends = ends_.contiguous();
-  const auto result = at::empty({rows.size(0), weight.size(1)}, rows.options());
-  dispatch_cuda(rows, "grouped_linear", [&](auto number, cudaStream_t stream) {
-    using T = decltype(number);
-    const GroupedLinear<T> args{groups_of(rows, ends), rows.size(1),    weight.size(1),
-                                read<T>(rows),         read<T>(weight), write<T>(result)};
-    return grouped_linear_cuda(args, tensor_cores(rows), stream);
+void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result, Cuda) {
+  Cuda::dispatch(left, "grouped_outer", [&](auto element, const Cuda& device) {
+    using T = decltype(element);
+    const GroupedOuter<T> args{segments,        left.size(1),   right.size(1),
+                               read<T>(left), read<T>(right), write<T>(result)};
+    const Tensor workspace = device.workspace(grouped_outer_cuda_workspace(args));
+    C10_CUDA_CHECK(grouped_outer_cuda(args, device.tensor_cores(left.scalar_type()), workspace.mutable_data_ptr(),
+                                      device.stream));
   });
-  return result;
-}
-
-Tensor outer(const Tensor& left_, const Tensor& right_, const Tensor& ends_) {
-  check(left_, right_, ends_);
-  TORCH_CHECK_VALUE(right_.dim() == 2 && right_.size(0) == left_.size(0), "right must be [P, D], got ", right_.sizes());
-  const auto left = left_.contiguous(), right = right_.contiguous(), ends = ends_.contiguous();
-  const auto result = at::empty({ends.size(0), left.size(1), right.size(1)}, left.options());
-  dispatch_cuda(left, "grouped_outer", [&](auto number, cudaStream_t stream) {
-    using T = decltype(number);
-    const GroupedOuter<T> args{groups_of(left, ends), left.size(1),   right.size(1),
-                               read<T>(left),         read<T>(right), write<T>(result)};
-    const auto room = workspace(grouped_outer_cuda_workspace(args), left);
-    return grouped_outer_cuda(args, tensor_cores(left), room.mutable_data_ptr(), stream);
-  });
-  return result;
 }
 #endif
+
+void check_rows(const Tensor& rows, const char* name) {
+  TORCH_CHECK_VALUE(rows.dim() == 2, name, " must be a matrix, got ", rows.sizes());
+}
+
+template <class Device>
+Tensor grouped_linear(const Tensor& rows_, const optional<Tensor>& start, const Tensor& count, const Tensor& weight_) {
+  check_rows(rows_, "rows");
+  const CheckedSegments segments(start, count, rows_.size(0), rows_.device());
+  TORCH_CHECK_VALUE(weight_.dim() == 3, "weight must be [C, E, D], got ", weight_.sizes());
+  const auto rows = rows_.contiguous();
+  const auto weight = checked(weight_, "weight", {count.numel(), weight_.size(1), rows.size(1)}, rows.scalar_type(),
+                              rows.device());
+  const auto result = empty_map({rows.size(0), weight.size(1)}, rows.options());
+  linear(segments.get(), rows, weight, result, Device());
+  return result;
+}
+
+template <class Device>
+Tensor grouped_outer(const Tensor& left_, const Tensor& right_, const optional<Tensor>& start, const Tensor& count) {
+  check_rows(left_, "left");
+  check_rows(right_, "right");
+  const CheckedSegments segments(start, count, left_.size(0), left_.device());
+  const auto left = left_.contiguous();
+  const auto right =
+      checked(right_, "right", {left.size(0), right_.size(1)}, left.scalar_type(), left.device());
+  const auto result = at::empty({count.numel(), left.size(1), right.size(1)}, left.options());
+  outer(segments.get(), left, right, result, Device());
+  return result;
+}
+
+template <class Device>
+void implement(torch::Library& library) {
+  library.impl("grouped_linear", &grouped_linear<Device>);
+  library.impl("grouped_outer", &grouped_outer<Device>);
+}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
-  library.def("grouped_linear_cuda(Tensor rows, Tensor weight, Tensor ends) -> Tensor");
-  library.def("grouped_outer_cuda(Tensor left, Tensor right, Tensor ends) -> Tensor");
+  library.def("grouped_linear(Tensor rows, Tensor? start, Tensor count, Tensor weight) -> Tensor");
+  library.def("grouped_outer(Tensor left, Tensor right, Tensor? start, Tensor count) -> Tensor");
 }
-#ifdef PIXCONTRAST_WITH_CUDA
-TORCH_LIBRARY_IMPL(pixcontrast, CUDA, library) {
-  library.impl("grouped_linear_cuda", &linear);
-  library.impl("grouped_outer_cuda", &outer);
-}
-#endif
+
+PIXCONTRAST_IMPLEMENT(implement)
 
 }  // namespace pixcontrast

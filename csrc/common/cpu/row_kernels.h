@@ -30,18 +30,13 @@ struct RowKernels {
   void (*add_squares)(const A* x, const A* centre, int64_t dim, A* sum);
   // out [D] = leaky(y)
   void (*leaky)(const A* x, const Norm<A>& norm, int64_t dim, A* out);
-  // grad [D] *= leaky'(y), then ones [D] += grad, products [D] += grad * (x - centre).
-  void (*leaky_chain)(const A* x, const Norm<A>& norm, int64_t dim, A* grad, A* ones, A* products);
-  // grad [D] = factor * grad + shift + tilt * (x - centre)
-  void (*norm_backward)(const A* x, const A* centre, const A* factor, const A* shift, const A* tilt, int64_t dim,
-                        A* grad);
   // <weight [D], leaky(y)>
   A (*leaky_dot)(const A* x, const Norm<A>& norm, const A* weight, int64_t dim);
-  // With s = grad * leaky'(y): ones [D] += s, products [D] += s * (x - centre).
-  void (*leaky_sums)(const A* x, const Norm<A>& norm, A grad, int64_t dim, A* ones, A* products);
-  // out [D] = factor * grad * leaky'(y) + shift + tilt * (x - centre); out may be x.
-  void (*leaky_backward)(const A* x, const Norm<A>& norm, A grad, const A* factor, const A* shift, const A* tilt,
-                         int64_t dim, A* out);
+  // With s = grad * leaky'(y), for grad [D] or, unless `dense`, []: ones [D] += s, products [D] += s * (x - centre).
+  void (*leaky_sums)(const A* x, const Norm<A>& norm, const A* grad, bool dense, int64_t dim, A* ones, A* products);
+  // out [D] = factor * s + shift + tilt * (x - centre)
+  void (*leaky_backward)(const A* x, const Norm<A>& norm, const A* grad, bool dense, const A* factor, const A* shift,
+                         const A* tilt, int64_t dim, A* out);
 };
 
 // Makes streamed stores visible to other threads.

@@ -209,25 +209,6 @@ PIXCONTRAST_TARGET void leaky(const A* x, const Norm<A>& norm, int64_t dim, A* _
 }
 
 template <class A>
-PIXCONTRAST_TARGET void leaky_chain(const A* x, const Norm<A>& norm, int64_t dim, A* __restrict grad,
-                                    A* __restrict ones, A* __restrict products) {
-  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
-  for (int64_t d = 0; d < dim; ++d) {
-    const A centred = x[d] - centre[d], low = slope * grad[d];
-    const A s = scale[d] * centred + bias[d] > 0 ? grad[d] : low;
-    grad[d] = s;
-    ones[d] += s;
-    products[d] += s * centred;
-  }
-}
-
-template <class A>
-PIXCONTRAST_TARGET void norm_backward(const A* x, const A* centre, const A* factor, const A* shift, const A* tilt,
-                                      int64_t dim, A* __restrict grad) {
-  for (int64_t d = 0; d < dim; ++d) grad[d] = factor[d] * grad[d] + shift[d] + tilt[d] * (x[d] - centre[d]);
-}
-
-template <class A>
 PIXCONTRAST_TARGET A leaky_dot(const A* x, const Norm<A>& norm, const A* weight, int64_t dim) {
   constexpr int64_t strands = 4 * Vector<A>::lanes;
   const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
@@ -243,29 +224,46 @@ PIXCONTRAST_TARGET A leaky_dot(const A* x, const Norm<A>& norm, const A* weight,
   return sum(part, strands);
 }
 
-template <class A>
-PIXCONTRAST_TARGET void leaky_sums(const A* x, const Norm<A>& norm, A grad, int64_t dim, A* __restrict ones,
-                                   A* __restrict products) {
-  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, low = grad * norm.slope;
+template <bool Dense, class A>
+PIXCONTRAST_INLINE void leaky_sums_as(const A* x, const Norm<A>& norm, const A* grad, int64_t dim, A* __restrict ones,
+                                      A* __restrict products) {
+  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
+  const A one = *grad, low = slope * one;
   for (int64_t d = 0; d < dim; ++d) {
-    const A centred = x[d] - centre[d], s = scale[d] * centred + bias[d] > 0 ? grad : low;
+    const A centred = x[d] - centre[d], high = Dense ? grad[d] : one;
+    const A s = scale[d] * centred + bias[d] > 0 ? high : Dense ? slope * high : low;
     ones[d] += s;
     products[d] += s * centred;
   }
 }
 
 template <class A>
-PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, A grad, const A* factor, const A* shift,
-                                       const A* tilt, int64_t dim, A* out) {
-  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, low = grad * norm.slope;
-#pragma GCC ivdep  // out is none of the others, or x itself
+PIXCONTRAST_TARGET void leaky_sums(const A* x, const Norm<A>& norm, const A* grad, bool dense, int64_t dim, A* ones,
+                                   A* products) {
+  dense ? leaky_sums_as<true>(x, norm, grad, dim, ones, products)
+        : leaky_sums_as<false>(x, norm, grad, dim, ones, products);
+}
+
+template <bool Dense, class A>
+PIXCONTRAST_INLINE void leaky_backward_as(const A* x, const Norm<A>& norm, const A* grad, const A* factor,
+                                          const A* shift, const A* tilt, int64_t dim, A* __restrict out) {
+  const A *const centre = norm.centre, *const scale = norm.scale, *const bias = norm.bias, slope = norm.slope;
+  const A one = *grad, low = slope * one;
   for (int64_t d = 0; d < dim; ++d) {
-    const A centred = x[d] - centre[d], s = scale[d] * centred + bias[d] > 0 ? grad : low;
+    const A centred = x[d] - centre[d], high = Dense ? grad[d] : one;
+    const A s = scale[d] * centred + bias[d] > 0 ? high : Dense ? slope * high : low;
     out[d] = factor[d] * s + shift[d] + tilt[d] * centred;
   }
 }
 
 template <class A>
-const RowKernels<A> row_table = {square_and_dot<A>, combine<A>,     accumulate<A>, add_unit_rows<A>,
-                                 score<A>,          add_squares<A>, leaky<A>,      leaky_chain<A>,
-                                 norm_backward<A>,  leaky_dot<A>,   leaky_sums<A>, leaky_backward<A>};
+PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, const A* grad, bool dense, const A* factor,
+                                       const A* shift, const A* tilt, int64_t dim, A* out) {
+  dense ? leaky_backward_as<true>(x, norm, grad, factor, shift, tilt, dim, out)
+        : leaky_backward_as<false>(x, norm, grad, factor, shift, tilt, dim, out);
+}
+
+template <class A>
+const RowKernels<A> row_table = {square_and_dot<A>, combine<A>,   accumulate<A>, add_unit_rows<A>,
+                                 score<A>,          add_squares<A>, leaky<A>,    leaky_dot<A>,
+                                 leaky_sums<A>,     leaky_backward<A>};

@@ -21,50 +21,35 @@ __device__ __forceinline__ void put_pack(T* to, Pack<T> pack) {
   store_pack(to, pack);
 }
 
-// What an operand may do with its packs on their way from registers to shared memory, not before: until then they may
-// still be under way.
-struct AsTheyAre {
-  template <class Pack>
-  __device__ __forceinline__ Pack operator()(const Pack& pack, int, int) const {
-    return pack;
-  }
-};
-
 // Rows that lie along the depth, four threads a row. source(row, depth, valid) is the pack of the row that starts at
-// that depth, of which `valid` numbers are left; it goes through map(pack, depth, valid).
-template <class Product, class Source, class Map = AsTheyAre>
+// that depth, of which `valid` elements are left.
+template <class Product, class Source>
 class DepthRows {
   using T = typename Product::Number;
 
  public:
   using Tile = OperandTile<T, true>;
 
-  __device__ __forceinline__ DepthRows(int last, const Source& source, const Map& map = Map())
-      : last_(last), source_(source), map_(map) {}
+  __device__ __forceinline__ DepthRows(int last, const Source& source) : last_(last), source_(source) {}
 
   __device__ __forceinline__ void fetch(int depth) {
-    if constexpr (!std::is_same_v<Map, AsTheyAre>) depth_ = depth + column();
     CU_UNROLL for (int i = 0; i < 2; ++i) pack_[i] = source_(row(i), depth + column(), last_ - depth - column());
   }
   __device__ __forceinline__ void put(T* tile) const {
-    CU_UNROLL for (int i = 0; i < 2; ++i) {
-      put_pack<Product>(tile + Tile::place(row(i), column()), map_(pack_[i], depth_, last_ - depth_));
-    }
+    CU_UNROLL for (int i = 0; i < 2; ++i) put_pack<Product>(tile + Tile::place(row(i), column()), pack_[i]);
   }
 
  private:
   static __device__ __forceinline__ int row(int i) { return threadIdx.x / 4 + kTile / 2 * i; }
   static __device__ __forceinline__ int column() { return threadIdx.x % 4 * kPack<T>; }
 
-  int last_, depth_ = 0;
+  int last_;
   Source source_;
-  Map map_;
   Pack<T> pack_[2];
 };
 
-// Numbers that lie along the rows: source(depth) is where those of that depth start, or null; `rows` of them exist. A
-// pack goes through map(pack, row, valid), with the row it starts at and how many are left.
-template <class Product, class Source, class Map = AsTheyAre>
+// Elements that lie along the rows: source(depth) is where those of that depth start; `rows` of them exist.
+template <class Product, class Source>
 class RowColumns {
   using T = typename Product::Number;
   static constexpr int kPacks = kTile / kPack<T>;  // of a depth
@@ -72,20 +57,17 @@ class RowColumns {
  public:
   using Tile = OperandTile<T, false>;
 
-  __device__ __forceinline__ RowColumns(int last, int rows, bool aligned, const Source& source, const Map& map = Map())
-      : last_(last), left_(rows - row()), aligned_(aligned), source_(source), map_(map) {}
+  __device__ __forceinline__ RowColumns(int last, int rows, bool aligned, const Source& source)
+      : last_(last), left_(rows - row()), aligned_(aligned), source_(source) {}
 
   __device__ __forceinline__ void fetch(int depth) {
     CU_UNROLL for (int i = 0; i < 2; ++i) {
       const int k = depth + column(i);
-      const T* const from = k < last_ ? source_(k) : nullptr;
-      pack_[i] = load_some(from ? from + row() : nullptr, from ? left_ : 0, aligned_);
+      pack_[i] = load_some(k < last_ ? source_(k) + row() : nullptr, k < last_ ? left_ : 0, aligned_);
     }
   }
   __device__ __forceinline__ void put(T* tile) const {
-    CU_UNROLL for (int i = 0; i < 2; ++i) {
-      put_pack<Product>(tile + Tile::place(row(), column(i)), map_(pack_[i], row(), left_));
-    }
+    CU_UNROLL for (int i = 0; i < 2; ++i) put_pack<Product>(tile + Tile::place(row(), column(i)), pack_[i]);
   }
 
  private:
@@ -95,84 +77,18 @@ class RowColumns {
   int last_, left_;
   bool aligned_;
   Source source_;
-  Map map_;
   Pack<T> pack_[2];
 };
 
-// Pixels of maps as rows, channels as the depth: a thread has one pixel, which starts at `pixel` (or null), and every
-// other channel. Neighbouring threads read neighbouring pixels; single numbers, because any pixel may follow any other.
-template <class Product>
-class PixelRows {
-  using T = typename Product::Number;
-  static constexpr int kNumbers = kDepth<T> / 2;
+// Whether all rows [., columns] start at multiples of 16 bytes.
+template <class T>
+bool aligned_rows(const T* rows, int64_t columns) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && columns % kPack<T> == 0;
+}
 
- public:
-  using Tile = OperandTile<T, false>;
-
-  __device__ __forceinline__ PixelRows(int last, const T* pixel, int64_t map_pixels)
-      : last_(pixel ? last : 0), pixel_(pixel), map_pixels_(map_pixels) {}
-
-  __device__ __forceinline__ void fetch(int depth) {
-    CU_UNROLL for (int i = 0; i < kNumbers; ++i) {
-      const int k = depth + column(i);
-      x_[i] = k < last_ ? pixel_[int64_t{k} * map_pixels_] : from_float<T>(0.0f);
-    }
-  }
-  __device__ __forceinline__ void put(T* tile) const {
-    CU_UNROLL for (int i = 0; i < kNumbers; ++i) {
-      tile[Tile::place(threadIdx.x % kTile, column(i))] = Product::prepare(x_[i]);
-    }
-  }
-
- private:
-  static __device__ __forceinline__ int column(int i) { return threadIdx.x / kTile + 2 * i; }
-
-  int last_;
-  const T* pixel_;
-  int64_t map_pixels_;
-  T x_[kNumbers];
-};
-
-// Channels of maps as rows, pixels as the depth: pixel k starts at start[k] in `channels`, or, below 0, does not exist.
-template <class Product>
-class ChannelRows {
-  using T = typename Product::Number;
-  static constexpr int kStep = kThreads / kDepth<T>, kNumbers = kTile / kStep;
-
- public:
-  using Tile = OperandTile<T, true>;
-
-  __device__ __forceinline__ ChannelRows(int last, int rows, const T* channels, const int64_t* start,
-                                         int64_t map_pixels)
-      : last_(last),
-        rows_(rows),
-        channels_(channels + threadIdx.x / kDepth<T> * map_pixels),
-        start_(start + threadIdx.x % kDepth<T>),
-        map_pixels_(map_pixels) {}
-
-  __device__ __forceinline__ void fetch(int depth) {
-    const int64_t start = depth + static_cast<int>(threadIdx.x % kDepth<T>) < last_ ? start_[depth] : -1;
-    const T* from = channels_ + start;
-    const int rows = start < 0 ? 0 : rows_;
-    CU_UNROLL for (int i = 0; i < kNumbers; ++i) {
-      x_[i] = row(i) < rows ? *from : from_float<T>(0.0f);
-      from += kStep * map_pixels_;
-    }
-  }
-  __device__ __forceinline__ void put(T* tile) const {
-    CU_UNROLL for (int i = 0; i < kNumbers; ++i) {
-      tile[Tile::place(row(i), threadIdx.x % kDepth<T>)] = Product::prepare(x_[i]);
-    }
-  }
-
- private:
-  static __device__ __forceinline__ int row(int i) { return threadIdx.x / kDepth<T> + kStep * i; }
-
-  int last_, rows_;
-  const T* channels_;
-  const int64_t* start_;
-  int64_t map_pixels_;
-  T x_[kNumbers];
-};
+template <class T, class Body>
+cudaError_t with_product(bool tensor_cores, const Body& body) {
+  return tensor_cores ? body(TensorProduct<T>()) : body(ExactProduct<T>());
+}
 
 }  // namespace pixcontrast::cuda

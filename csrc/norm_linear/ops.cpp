@@ -1,0 +1,270 @@
+#include "norm_linear/norm_linear.h"
+
+#include "common/tensor.h"
+
+namespace pixcontrast {
+namespace {
+
+template <class T>
+void run(const NormStats<T>& args, const Cpu&) {
+  norm_stats_cpu(args);
+}
+template <class T>
+void run(const NormLinear<T>& args, const Cpu&) {
+  args.grad_hidden ? norm_backward_cpu(args) : norm_forward_cpu(args);
+}
+
+#ifdef PIXCONTRAST_WITH_CUDA
+template <class T>
+void run(const NormStats<T>& args, const Cuda& device) {
+  const Tensor workspace = device.workspace(norm_workspace(args.rows));
+  C10_CUDA_CHECK(norm_stats_cuda(args, workspace.mutable_data_ptr(), device.stream));
+}
+template <class T>
+void run(const NormLinear<T>& args, const Cuda& device) {
+  if (!args.grad_hidden) {
+    C10_CUDA_CHECK(norm_forward_cuda(args, device.stream));
+    return;
+  }
+  const Tensor workspace = device.workspace(norm_workspace(args.rows));
+  C10_CUDA_CHECK(norm_backward_cuda(args, workspace.mutable_data_ptr(), device.stream));
+}
+#endif
+
+// hidden [P, E], order [P] int64, start [C] and count [C] int64
+struct Rows {
+  Tensor hidden;
+  optional<Tensor> order;
+  CheckedSegments segments;
+
+  Rows(const Tensor& hidden_, const optional<Tensor>& order_, const optional<Tensor>& start, const Tensor& count)
+      : hidden(hidden_.contiguous()), segments(start, count, hidden_.size(0), hidden_.device()) {
+    TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [P, E], got ", hidden.sizes());
+    order = checked(order_, "order", hidden.sizes().slice(0, 1), at::kLong, hidden.device());
+    if (!order.has_value() || !hidden.is_cpu()) return;
+    for (int64_t i = 0; i < hidden.size(0); ++i) {
+      const int64_t row = read<int64_t>(order)[i];
+      TORCH_CHECK_VALUE(row >= 0 && row < hidden.size(0), "order must be within 0..", hidden.size(0) - 1, ", got ", row);
+    }
+  }
+
+  // [C, E] in the dtype of sums; [E] where there is one segment
+  Tensor parameter(const Tensor& t, const char* name) const {
+    TORCH_CHECK_VALUE(t.numel() == segments.count.numel() * hidden.size(1), name, " must be [C, E], got ", t.sizes());
+    return checked(t, name, t.sizes(), accumulation(hidden), hidden.device());
+  }
+
+  template <class T>
+  SegmentRows<T> arguments() const {
+    return {segments.get(), hidden.size(1), read<T>(hidden), read<int64_t>(order)};
+  }
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> norm_stats(const Tensor& hidden, const optional<Tensor>& order,
+                                              const optional<Tensor>& start, const Tensor& count,
+                                              const optional<Tensor>& hidden_bias_, const Tensor& running_mean,
+                                              const Tensor& running_var, const optional<Tensor>& batches, bool training,
+                                              double momentum, double eps) {
+  const Rows rows(hidden, order, start, count);
+  for (const auto& [t, name] : {std::pair(running_mean, "running_mean"), std::pair(running_var, "running_var")}) {
+    rows.parameter(t, name);
+    TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
+  }
+  checked(batches, "batches", {}, at::kLong, hidden.device());
+  const auto hidden_bias =
+      hidden_bias_.has_value() ? optional<Tensor>(rows.parameter(*hidden_bias_, "hidden_bias")) : optional<Tensor>();
+  const auto options = running_mean.options();
+  const auto mean = at::empty({count.numel(), hidden.size(1)}, options), rstd = at::empty_like(mean);
+  const auto share = at::empty({count.numel()}, options);
+  Device::dispatch(hidden, "norm_stats", [&](auto element, const auto& device) {
+    using T = decltype(element);
+    using A = Acc<T>;
+    run(NormStats<T>{rows.arguments<T>(), training, static_cast<A>(momentum), static_cast<A>(eps), read<A>(hidden_bias),
+                     write<A>(running_mean), write<A>(running_var),
+                     batches.has_value() ? write<int64_t>(*batches) : nullptr, write<A>(mean), write<A>(rstd),
+                     write<A>(share)},
+        device);
+  });
+  return {mean, rstd, share};
+}
+
+// The inputs that forward and backward share.
+struct Inputs {
+  Rows rows;
+  Tensor mean, rstd, norm_weight, norm_bias;
+  double slope;
+
+  Inputs(const Rows& rows_, const Tensor& mean_, const Tensor& rstd_, const Tensor& norm_weight_,
+         const Tensor& norm_bias_, double slope)
+      : rows(rows_),
+        mean(rows.parameter(mean_, "mean")),
+        rstd(rows.parameter(rstd_, "rstd")),
+        norm_weight(rows.parameter(norm_weight_, "norm_weight")),
+        norm_bias(rows.parameter(norm_bias_, "norm_bias")),
+        slope(slope) {}
+
+  template <class T>
+  NormLinear<T> arguments() const {
+    NormLinear<T> args{};
+    args.rows = rows.arguments<T>();
+    args.slope = static_cast<Acc<T>>(slope);
+    args.mean = read<Acc<T>>(mean);
+    args.rstd = read<Acc<T>>(rstd);
+    args.norm_weight = read<Acc<T>>(norm_weight);
+    args.norm_bias = read<Acc<T>>(norm_bias);
+    return args;
+  }
+
+  template <class Device>
+  Tensor activations() const {
+    const auto activations = empty_map(rows.hidden.sizes(), rows.hidden.options());
+    Device::dispatch(rows.hidden, "norm_linear", [&](auto element, const auto& device) {
+      using T = decltype(element);
+      auto args = arguments<T>();
+      args.activations = write<T>(activations);
+      run(args, device);
+    });
+    return activations;
+  }
+};
+
+// What backward returns for hidden rows and norm.
+struct Gradients {
+  Tensor hidden, norm_weight, norm_bias, hidden_bias;
+
+  explicit Gradients(const Inputs& inputs)
+      : hidden(empty_map(inputs.rows.hidden.sizes(), inputs.rows.hidden.options())),
+        norm_weight(at::empty_like(inputs.norm_weight)),
+        norm_bias(at::empty_like(inputs.norm_weight)),
+        hidden_bias(at::empty_like(inputs.norm_weight)) {}
+
+  template <class T>
+  void put(NormLinear<T>* args) const {
+    args->grad_hidden = write<T>(hidden);
+    args->grad_norm_weight = write<Acc<T>>(norm_weight);
+    args->grad_norm_bias = write<Acc<T>>(norm_bias);
+    args->grad_hidden_bias = write<Acc<T>>(hidden_bias);
+  }
+};
+
+// ---- a dense layer behind: weight [O, E] and bias [O] in the dtype of hidden
+
+void check_dense(const Rows& rows, const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [O, E], got ", weight.sizes());
+  checked(weight, "weight", {weight.size(0), rows.hidden.size(1)}, rows.hidden.scalar_type(), rows.hidden.device());
+}
+
+template <class Device>
+Tensor norm_linear(const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start,
+                   const Tensor& count, const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight,
+                   const Tensor& norm_bias, double slope, const Tensor& weight, const Tensor& bias) {
+  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
+  check_dense(inputs.rows, weight);
+  checked(bias, "bias", {weight.size(0)}, hidden.scalar_type(), hidden.device());
+  const auto out = empty_map({hidden.size(0), weight.size(0)}, hidden.options());
+  gemm<Device>(inputs.activations<Device>(), weight.t(), bias, out);
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
+    const Tensor& grad_out, const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start,
+    const Tensor& count, const Tensor& mean, const Tensor& rstd, const Tensor& share_, const Tensor& norm_weight,
+    const Tensor& norm_bias, double slope, const Tensor& weight) {
+  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
+  check_dense(inputs.rows, weight);
+  const auto grad = checked(grad_out, "grad_out", {hidden.size(0), weight.size(0)}, hidden.scalar_type(), hidden.device());
+  const auto share = checked(share_, "share", count.sizes(), accumulation(hidden), hidden.device());
+  const auto grad_weight = at::empty(weight.sizes(), weight.options());
+  const auto grad_activations = empty_map(inputs.rows.hidden.sizes(), inputs.rows.hidden.options());
+  gemm<Device>(grad.t(), inputs.activations<Device>(), {}, grad_weight);
+  gemm<Device>(grad, weight, {}, grad_activations);
+  const Gradients grads(inputs);
+  Device::dispatch(hidden, "norm_linear_backward", [&](auto element, const auto& device) {
+    using T = decltype(element);
+    auto args = inputs.arguments<T>();
+    args.share = read<Acc<T>>(share);
+    args.grad_activations = read<T>(grad_activations);
+    grads.put(&args);
+    run(args, device);
+  });
+  return {grads.hidden, grads.norm_weight, grads.norm_bias, grads.hidden_bias, grad_weight, grad.sum(0, false, grad.scalar_type())};
+}
+
+// ---- one output a segment: weight [C, E] and bias [C] in the dtype of sums
+
+template <class Device>
+Tensor norm_dot(const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start, const Tensor& count,
+                const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight, const Tensor& norm_bias,
+                double slope, const Tensor& weight_, const Tensor& bias_) {
+  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
+  const auto weight = inputs.rows.parameter(weight_, "weight");
+  const auto bias = checked(bias_, "bias", count.sizes(), accumulation(hidden), hidden.device());
+  const auto out = at::empty({hidden.size(0)}, bias.options());
+  Device::dispatch(hidden, "norm_dot", [&](auto element, const auto& device) {
+    using T = decltype(element);
+    auto args = inputs.arguments<T>();
+    args.weight = read<Acc<T>>(weight);
+    args.bias = read<Acc<T>>(bias);
+    args.out = write<Acc<T>>(out);
+    run(args, device);
+  });
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_dot_backward(
+    const Tensor& grad_out, const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start,
+    const Tensor& count, const Tensor& mean, const Tensor& rstd, const Tensor& share_, const Tensor& norm_weight,
+    const Tensor& norm_bias, double slope, const Tensor& weight_) {
+  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
+  const auto weight = inputs.rows.parameter(weight_, "weight");
+  const auto grad = checked(grad_out, "grad_out", {hidden.size(0)}, accumulation(hidden), hidden.device());
+  const auto share = checked(share_, "share", count.sizes(), accumulation(hidden), hidden.device());
+  const auto grad_weight = at::empty_like(weight), grad_bias = at::empty(count.sizes(), weight.options());
+  const Gradients grads(inputs);
+  Device::dispatch(hidden, "norm_dot_backward", [&](auto element, const auto& device) {
+    using T = decltype(element);
+    auto args = inputs.arguments<T>();
+    args.share = read<Acc<T>>(share);
+    args.weight = read<Acc<T>>(weight);
+    args.grad_out = read<Acc<T>>(grad);
+    args.grad_weight = write<Acc<T>>(grad_weight);
+    args.grad_bias = write<Acc<T>>(grad_bias);
+    grads.put(&args);
+    run(args, device);
+  });
+  return {grads.hidden, grads.norm_weight, grads.norm_bias, grads.hidden_bias, grad_weight, grad_bias};
+}
+
+template <class Device>
+void implement(torch::Library& library) {
+  library.impl("norm_stats", &norm_stats<Device>);
+  library.impl("norm_linear", &norm_linear<Device>);
+  library.impl("norm_linear_backward", &norm_linear_backward<Device>);
+  library.impl("norm_dot", &norm_dot<Device>);
+  library.impl("norm_dot_backward", &norm_dot_backward<Device>);
+}
+
+}  // namespace
+
+#define ROWS "Tensor hidden, Tensor? order, Tensor? start, Tensor count, "
+#define NORM "Tensor norm_weight, Tensor norm_bias, float slope, Tensor weight"
+#define GRADIENTS                                                                                                   \
+  " -> (Tensor grad_hidden, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_hidden_bias, "              \
+  "Tensor grad_weight, Tensor grad_bias)"
+
+TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
+  library.def("norm_stats(" ROWS
+              "Tensor? hidden_bias, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, "
+              "bool training, float momentum, float eps) -> (Tensor mean, Tensor rstd, Tensor share)");
+  for (const std::string name : {"norm_linear", "norm_dot"}) {
+    library.def(name + "(" ROWS "Tensor mean, Tensor rstd, " NORM ", Tensor bias) -> Tensor");
+    library.def(name + "_backward(Tensor grad_out, " ROWS "Tensor mean, Tensor rstd, Tensor share, " NORM ")" GRADIENTS);
+  }
+}
+
+PIXCONTRAST_IMPLEMENT(implement)
+
+}  // namespace pixcontrast
