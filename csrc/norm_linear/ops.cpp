@@ -250,19 +250,21 @@ void implement(torch::Library& library) {
 }  // namespace
 
 #define ROWS "Tensor hidden, Tensor? order, Tensor? start, Tensor count, "
-#define NORM "Tensor norm_weight, Tensor norm_bias, float slope, Tensor weight"
-#define GRADIENTS                                                                                                   \
-  " -> (Tensor grad_hidden, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_hidden_bias, "              \
-  "Tensor grad_weight, Tensor grad_bias)"
+#define FORWARD "(" ROWS "Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, float slope, " \
+                "Tensor weight, Tensor bias) -> Tensor"
+#define BACKWARD                                                                                                \
+  "_backward(Tensor grad_out, " ROWS "Tensor mean, Tensor rstd, Tensor share, Tensor norm_weight, "             \
+  "Tensor norm_bias, float slope, Tensor weight) -> (Tensor grad_hidden, Tensor grad_norm_weight, "             \
+  "Tensor grad_norm_bias, Tensor grad_hidden_bias, Tensor grad_weight, Tensor grad_bias)"
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
   library.def("norm_stats(" ROWS
               "Tensor? hidden_bias, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, "
               "bool training, float momentum, float eps) -> (Tensor mean, Tensor rstd, Tensor share)");
-  for (const std::string name : {"norm_linear", "norm_dot"}) {
-    library.def(name + "(" ROWS "Tensor mean, Tensor rstd, " NORM ", Tensor bias) -> Tensor");
-    library.def(name + "_backward(Tensor grad_out, " ROWS "Tensor mean, Tensor rstd, Tensor share, " NORM ")" GRADIENTS);
-  }
+  library.def("norm_linear" FORWARD);
+  library.def("norm_linear" BACKWARD);
+  library.def("norm_dot" FORWARD);
+  library.def("norm_dot" BACKWARD);
 }
 
 PIXCONTRAST_IMPLEMENT(implement)
