@@ -32,7 +32,7 @@ from .problem import (
     normal,
     random_labels,
 )
-from .selectors import class_selectors
+from .selectors import class_selectors, use_backend
 
 IGNORE = 255
 ROUNDED_TOLERANCE = 5e-2  # with products of bfloat16 or tf32
@@ -229,7 +229,8 @@ def pixcontrast(backend: str) -> Contender:
 
     def loss(problem: Branch) -> Tensor:
         student, memory = problem.student, problem.student.memory
-        student.criterion.backend = backend
+        use_backend(student, backend)
+        use_backend(problem.teacher, backend)
         memory.cursors.zero_()  # each step writes the same rows into the same slots
         device = problem.labels.device.type
         with torch.autocast(device, torch.bfloat16) if problem.autocast else contextlib.nullcontext():

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, leaky_relu, linear, normalize
 
 from pixcontrast import ContrastBranch, PixelContrastLoss
+from pixcontrast.segments import class_order
 
 from . import positive
 from .problem import (
@@ -33,13 +34,13 @@ PARAMETERS = ("weight1", "norm_weight", "norm_bias", "weight2")
 
 @dataclass
 class Selectors(SettledProblem):
-    """Prediction rows, a full memory, and the parameters of the selectors of all classes.
+    """Prediction rows in class order, a full memory, and the parameters of the selectors of all classes.
 
     ``autocast``: forward in bfloat16 where PyTorch's autocast does so.
     """
 
     rows: Tensor  # [P, D]
-    labels: Tensor  # [P] int64, every one a class
+    labels: Tensor  # [P] int64, every one a class, ascending: so the heads of the branch leave them
     branch: ContrastBranch
     autocast: bool
 
@@ -65,7 +66,8 @@ class Selectors(SettledProblem):
             branch = ContrastBranch(dim, classes, dim=dim, capacity=capacity, variant=variant).to(device)
         branch.memory.rows.copy_(normalize(normal(device, classes, capacity, dim), dim=-1))
         branch.memory.counts.fill_(capacity)
-        return Selectors(normal(device, pixels, dim, seed=1), random_labels(device, classes, pixels), branch, autocast)
+        labels = random_labels(device, classes, pixels).sort().values
+        return Selectors(normal(device, pixels, dim, seed=1), labels, branch, autocast)
 
     @property
     def released(self) -> bool:
@@ -144,12 +146,12 @@ def pixcontrast(backend: str) -> Contender:
     criterion = PixelContrastLoss(objective="positive", ignore_index=255, backend=backend)
 
     def loss(problem: Selectors) -> Tensor:
-        branch, memory = problem.branch, problem.memory
-        weight_logits = branch.select_features(branch.selector_input(problem.rows.detach()), problem.labels)
-        queue_weight_logits = None
-        if not problem.released:
-            classes = torch.arange(len(memory), device=memory.device).repeat_interleave(memory.shape[1])
-            queue_weight_logits = branch.select_memory(memory.flatten(0, 1), classes).view(memory.shape[:2])
+        branch = problem.branch
+        use_backend(branch, backend)
+        segments = class_order(problem.labels, len(problem.memory), backend)
+        inputs = branch.selector_input(problem.rows.detach())
+        weight_logits = branch.select_features(inputs, segments.start, segments.count)
+        queue_weight_logits = None if problem.released else branch.memory_weight_logits()
         return criterion(
             problem.rows,
             problem.labels,
@@ -159,6 +161,13 @@ def pixcontrast(backend: str) -> Contender:
         )
 
     return _contender(loss)
+
+
+def use_backend(branch: ContrastBranch, backend: str) -> None:
+    """Run all of ``branch`` on this backend."""
+    for module in branch.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
 
 
 def _contender(loss: Callable[[Selectors], Tensor]) -> Contender:

@@ -241,17 +241,12 @@ class ContrastBranch(nn.Module):
         rows = self.predict(self.project(features, segments), segments._replace(order=None))
         # selectors learn what to weigh; they do not push the features (their input is detached)
         weight_logits = self.select_features(self.selector_input(rows.detach()), segments.start, segments.count)
-        memory = self.memory
-        queue_weight_logits = None
-        if self.variant != "released":
-            memory_rows = memory.rows.flatten(0, 1)
-            queue_weight_logits = self.select_memory(memory_rows, None, memory.counts).view(memory.rows.shape[:2])
         return self.criterion(
             rows,
             segments.labels,
-            queue=memory,
+            queue=self.memory,
             weight_logits=weight_logits,
-            queue_weight_logits=queue_weight_logits,
+            queue_weight_logits=None if self.variant == "released" else self.memory_weight_logits(),
             return_stats=return_stats,
         )
 
@@ -280,6 +275,11 @@ class ContrastBranch(nn.Module):
     def selector_input(self, rows: Tensor) -> Tensor:
         """What the feature selectors see: unit rows; rows of any norm in the released variant."""
         return rows if self.variant == "released" else unit_rows(rows)
+
+    def memory_weight_logits(self) -> Tensor:
+        """Logits ``[C, N]`` of the attention weights of the memory rows; 0 where there is none."""
+        memory = self.memory
+        return self.select_memory(memory.rows.flatten(0, 1), None, memory.counts).view(memory.rows.shape[:2])
 
     def _labels(self, features: Tensor, labels: Tensor, where: str) -> Tensor:
         """Labels at feature resolution ``[B, h, w]``, -1 where they are ignored; complains about what does not fit."""

@@ -15,6 +15,7 @@ from .checks import (
     check_key_count,
     check_label_values,
     check_like,
+    check_pixel_values,
     check_pixels_and_labels,
     check_queue,
 )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu, linear, logsigmoid
+from torch.nn.functional import leaky_relu, linear, logsigmoid, pad
 
 if TYPE_CHECKING:
     from .norm_linear import Norm
@@ -142,7 +142,10 @@ def norm_linear(
         shift = torch.where(own, 0, mean + hidden_bias - running_mean)
         y = (centred + member @ shift) * (member @ scale) + member @ norm_bias
         activations = leaky_relu(y, slope).to(hidden.dtype)
-        out = linear(activations, weight, bias) if dense else (member * (activations.to(dtype) @ weight.t() + bias)).sum(1)
+        if dense:
+            out = linear(activations, weight, bias)
+        else:
+            out = (member * (activations.to(dtype) @ weight.t() + bias)).sum(1)
     with torch.no_grad():
         rate = norm.momentum * own.to(dtype)
         running_mean.add_(rate * (mean + hidden_bias - running_mean))

@@ -3,18 +3,22 @@ they themselves are right; the kernels alone are tested in ``cusim``."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import pytest
 import torch
+from norm_cases import EPS, LEAVES, MOMENTUM, make_case
 from on_device import DEVICES, agree, leaf, without_waiting
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import normalize, relu
+from torch.nn.functional import normalize
 
-from pixcontrast import ClassMemory, ContrastBranch, MLPHead, PixelContrastLoss, ops
+from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss, ops, reference
 from pixcontrast import functional as F
+from pixcontrast.grouped_linear import grouped_linear
+from pixcontrast.norm_linear import Norm, norm_linear
 from pixcontrast.reference import accumulation_dtype
 
 CLASSES, IGNORED = 19, 255
@@ -93,50 +97,61 @@ def test_infonce(device: str, dtype: torch.dtype, queues: int, channels: int) ->
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [64, 250])
-def test_project(device: str, dtype: torch.dtype, layout: str, channels: int) -> None:
+def test_gather_pixels(device: str, dtype: torch.dtype, layout: str, channels: int) -> None:
     features = torch.randn(2, channels, 23, 17).bfloat16().double()
-    weight, bias = torch.randn(48, channels).bfloat16().double() / 8, torch.randn(48).bfloat16().double()
-    index = torch.randint(-1, 2 * 23 * 17, (300,))
-    towards = torch.randn(300, 48).bfloat16().double()
+    index, towards = torch.randint(-1, 2 * 23 * 17, (300,)), torch.randn(300, channels).bfloat16().double()
 
     def run(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
-        x = leaf(features, dtype, device, layout)
-        w, b = leaf(weight, dtype, device), leaf(bias, dtype, device)
-        pixels, grad = index.to(device), towards.to(device, dtype)
+        x, pixels, grad = leaf(features, dtype, device, layout), index.to(device), towards.to(device, dtype)
         with without_waiting(device):
-            result = F.project(x, pixels, w, b, backend=backend)
+            result = F.gather_pixels(x, pixels, backend)
             result.backward(grad)
-        return [result.detach(), x.grad, w.grad, b.grad]
+        return [result.detach(), x.grad]
 
     agree(run, device, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("width", [64, 250])
-def test_head(device: str, dtype: torch.dtype, width: int) -> None:
-    head = MLPHead(width, width).eval()
-    hidden, towards = torch.randn(300, width).bfloat16().double(), torch.randn(300, width).bfloat16().double()
-    valid = torch.rand(300) < 0.8
-    hidden[~valid] = float("nan")
-    with torch.no_grad():
-        head.norm.bias.copy_(torch.full((width,), 8.0).copysign(torch.randn(width)))  # away from the kink of ReLU
-        head.last.weight.copy_(head.last.weight.bfloat16())
+@pytest.mark.parametrize("outputs", [48, None])
+def test_norm_linear(device: str, dtype: torch.dtype, width: int, outputs: int | None) -> None:
+    counts, gaps = ([250], [50]) if outputs else ([100, 0, 1, 120], [0, 30, 9, 40])
+    case = make_case(counts, gaps, width, torch.float64, outputs=outputs, ordered=True)
 
     def run(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
-        copied = copy.deepcopy(head).to(device, accumulation_dtype(dtype)).train()
-        copied.last.to(dtype)
-        x = leaf(hidden, dtype, device)
-        if backend == "reference":
-            there = x[valid]
-            result = torch.zeros_like(x).masked_scatter(
-                valid[:, None], copied.last(relu(copied.norm(there.to(accumulation_dtype(dtype)))).to(dtype))
-            )
-        else:
-            mask = valid.to(device)
-            with without_waiting(device):
-                result = copied._behind(x, mask)
-        result.backward(towards.to(device, dtype))
-        return [result.detach(), x.grad, copied.norm.weight.grad, copied.last.weight.grad, copied.last.bias.grad]
+        precise = accumulation_dtype(dtype)
+        layer = dtype if case.dense else precise
+        kinds = {"hidden": dtype, "weight": layer, "bias": layer}
+        leaves = {name: leaf(getattr(case, name), kinds.get(name, precise), device) for name in LEAVES}
+        running = (case.running_mean.to(device, precise), case.running_var.to(device, precise))
+        norm = Norm(leaves["norm_weight"], leaves["norm_bias"], *running, None, True, MOMENTUM, EPS)
+        where = {name: getattr(case, name).to(device) for name in ("order", "start", "count")}
+        weight = leaves["weight"] if case.dense else leaves["weight"][:, None]
+        rows = (leaves["hidden"], leaves["hidden_bias"], norm, weight, leaves["bias"])
+        grad = torch.nan_to_num(case.grad).to(device, layer)
+        with without_waiting(device) if backend != "reference" else contextlib.nullcontext():
+            out = norm_linear(*rows, **where, slope=case.slope, backend=backend)
+            out.backward(grad)
+        return [out.detach(), *(value.grad for value in leaves.values()), *running]
+
+    agree(run, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [64, 250])
+def test_grouped_linear(device: str, dtype: torch.dtype, width: int) -> None:
+    start, count = torch.tensor([0, 130, 130, 140]), torch.tensor([130, 0, 5, 160])
+    rows, weight = torch.randn(300, width).bfloat16().double(), torch.randn(4, 48, width).bfloat16().double() / 8
+    valid = reference.members(300, start, count).any(1)[:, None]
+    towards = torch.where(valid, torch.randn(300, 48).bfloat16().double(), 0)
+
+    def run(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        x, w = leaf(rows, dtype, device), leaf(weight, dtype, device)
+        segments, grad = (start.to(device), count.to(device)), towards.to(device, dtype)
+        with without_waiting(device) if backend != "reference" else contextlib.nullcontext():
+            result = grouped_linear(x, w, *segments, backend)
+            result.backward(grad)
+        return [torch.where(valid.to(device), result.detach(), 0), x.grad, w.grad]
 
     agree(run, device, dtype)
 

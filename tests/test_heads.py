@@ -1,43 +1,16 @@
-"""Heads and selectors against the modules of PyTorch, one class and one row at a time."""
+"""Heads and selectors against the modules of PyTorch, one class at a time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
 
-from pixcontrast import heads, ops
-from pixcontrast.heads import ClassSelectors, MaskedBatchNorm1d, MLPHead, grouped_linear, grouped_outer
+from pixcontrast.heads import ClassSelectors, MLPHead
+from pixcontrast.pixel_linear import pixel_linear
+from pixcontrast.segments import Segments, class_order
 
-
-def test_masked_batch_norm_is_batch_norm_of_the_valid_rows() -> None:
-    masked, plain = MaskedBatchNorm1d(6).double(), nn.BatchNorm1d(6).double()
-    for _ in range(3):
-        rows, valid = torch.randn(20, 6).double() * 3 + 1, torch.rand(20) < 0.6
-        mine, theirs = rows.clone().requires_grad_(), rows[valid].clone().requires_grad_()
-        result, expected = masked(mine, valid)[valid], plain(theirs)
-        torch.testing.assert_close(result, expected)
-        result.square().sum().backward()
-        expected.square().sum().backward()
-        torch.testing.assert_close(mine.grad[valid], theirs.grad)
-        assert (mine.grad[~valid] == 0).all()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(masked.state_dict()[name], value)
-    masked.eval(), plain.eval()
-    torch.testing.assert_close(masked(rows), plain(rows))
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_masked_batch_norm_of_too_few_rows_uses_the_running_statistics(count: int) -> None:
-    norm = MaskedBatchNorm1d(4)
-    norm(torch.randn(30, 4) * 2 + 5)
-    before = {name: value.clone() for name, value in norm.state_dict().items()}
-    rows, valid = torch.randn(5, 4), torch.arange(5) < count
-    result = norm(rows, valid)
-    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
-    norm.eval()
-    torch.testing.assert_close(result[:count], norm(rows)[:count])
+BACKENDS = ("extension", "reference")
 
 
 def plain_selector(selectors: ClassSelectors, c: int) -> nn.Sequential:
@@ -53,17 +26,17 @@ def plain_selector(selectors: ClassSelectors, c: int) -> nn.Sequential:
     return nn.Sequential(linear1, norm, nn.LeakyReLU(0.2), linear2).to(selectors.weight1.dtype)
 
 
-@pytest.fixture(params=["by kernels", "by PyTorch"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to compute the layers: by kernels, and that of devices which have none or must not be waited for."""
-    if request.param == "by PyTorch":
-        monkeypatch.setattr("pixcontrast.heads.can_look", lambda _: False)
-        monkeypatch.setattr("pixcontrast.heads.MLPHead._fuses", staticmethod(lambda _: False))
+def logits_of(selectors: ClassSelectors, rows: Tensor, labels: Tensor) -> Tensor:
+    """Logits in the order of the rows."""
+    segments = class_order(labels, len(selectors.bias2))
+    logits = selectors(rows[segments.order], segments.start, segments.count)
+    return torch.zeros_like(logits).scatter(0, segments.order, logits)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_selectors_are_one_small_network_a_class(form: None, dtype: torch.dtype) -> None:
-    selectors = ClassSelectors(5, 16).to(dtype)
+def test_selectors_are_one_small_network_a_class(backend: str, dtype: torch.dtype) -> None:
+    selectors = ClassSelectors(5, 16, backend=backend).to(dtype)
     with torch.no_grad():
         selectors.norm_weight.uniform_(0.5, 2)
         selectors.norm_bias.normal_()
@@ -74,7 +47,7 @@ def test_selectors_are_one_small_network_a_class(form: None, dtype: torch.dtype)
         labels[7] = 3  # class 3 has one row
         networks = [plain_selector(selectors, c) for c in range(5)]
         mine = rows.clone().requires_grad_()
-        logits = selectors(mine, labels)
+        logits = logits_of(selectors, mine, labels)
         assert (logits[(labels < 0) | (labels > 4)] == 0).all()
         logits.square().sum().backward()
         for c, network in enumerate(networks):
@@ -88,56 +61,50 @@ def test_selectors_are_one_small_network_a_class(form: None, dtype: torch.dtype)
             torch.testing.assert_close(mine.grad[member], theirs.grad, **close)
             torch.testing.assert_close(selectors.running_mean[c], network[1].running_mean, **close)
             torch.testing.assert_close(selectors.running_var[c], network[1].running_var, **close)
-            if c < 3:
-                torch.testing.assert_close(selectors.weight1.grad[c], network[0].weight.grad, **close)
-                torch.testing.assert_close(selectors.weight2.grad[c], network[3].weight.grad[0], **close)
-                torch.testing.assert_close(selectors.norm_weight.grad[c], network[1].weight.grad, **close)
-                torch.testing.assert_close(selectors.bias2.grad[c], network[3].bias.grad[0], **close)
+            torch.testing.assert_close(selectors.weight1.grad[c], network[0].weight.grad, **close)
+            torch.testing.assert_close(selectors.bias1.grad[c], network[0].bias.grad, **close)
+            torch.testing.assert_close(selectors.weight2.grad[c], network[3].weight.grad[0], **close)
+            torch.testing.assert_close(selectors.norm_weight.grad[c], network[1].weight.grad, **close)
+            torch.testing.assert_close(selectors.norm_bias.grad[c], network[1].bias.grad, **close)
+            torch.testing.assert_close(selectors.bias2.grad[c], network[3].bias.grad[0], **close)
         selectors.zero_grad()
     selectors.eval()
     labels = torch.arange(60) % 5
     for c in range(5):
         expected = plain_selector(selectors, c).eval()(rows[labels == c])[:, 0]
-        torch.testing.assert_close(selectors(rows, labels)[labels == c], expected, **close)
+        torch.testing.assert_close(logits_of(selectors, rows, labels)[labels == c], expected, **close)
 
 
-def test_rows_of_no_class_may_be_anything(form: None) -> None:
+def test_rows_of_no_class_may_be_anything() -> None:
     selectors = ClassSelectors(3, 16)
     rows, labels = torch.randn(9, 16), torch.arange(9) % 4 - 1
     rows[labels == -1] = float("nan")
     rows.requires_grad_()
-    selectors(rows, labels).sum().backward()
+    logits_of(selectors, rows, labels).sum().backward()
     assert all(p.grad.isfinite().all() for p in selectors.parameters()) and (rows.grad[labels == -1] == 0).all()
-    assert selectors(torch.randn(0, 16), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert logits_of(selectors, torch.randn(0, 16), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_without_rows_every_gradient_is_zero(form: None, autocast: bool) -> None:
-    selectors = ClassSelectors(3, 16)
+def test_without_rows_every_gradient_is_zero(backend: str, autocast: bool) -> None:
+    selectors = ClassSelectors(3, 16, backend=backend)
     rows = torch.randn(5, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        selectors(rows, torch.full((5,), -1)).sum().backward()
+        logits_of(selectors, rows, torch.full((5,), -1)).sum().backward()
     assert all((leaf.grad == 0).all() for leaf in (rows, *selectors.parameters()))
 
 
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 16), (torch.float32, 15), (torch.float64, 16)])
-def test_grouped_linear(dtype: torch.dtype, dim: int) -> None:
-    rows = torch.randn(20, dim, dtype=dtype)
-    weight = torch.randn(4, dim, dim, dtype=dtype)
-    ends = torch.tensor([5, 5, 12, 20], dtype=torch.int32)  # the second group is empty
-    result = grouped_linear(rows, weight, ends)
-    begin = 0
-    for c, end in enumerate(ends.tolist()):
-        torch.testing.assert_close(result[begin:end], rows[begin:end] @ weight[c].t())
-        begin = end
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_opcheck(dtype: torch.dtype) -> None:
-    rows, weight = torch.randn(20, 16, dtype=dtype), torch.randn(4, 24, 16, dtype=dtype)
-    ends = torch.tensor([5, 5, 12, 20], dtype=torch.int32)
-    torch.library.opcheck(grouped_linear, (rows.requires_grad_(), weight.requires_grad_(), ends))
-    torch.library.opcheck(grouped_outer, (torch.randn(20, 24, dtype=dtype), rows.detach(), ends))
+def test_selectors_in_autocast_multiply_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = torch.ops.pixcontrast.grouped_linear
+    monkeypatch.setattr(torch.ops.pixcontrast, "grouped_linear", lambda *a: seen.append(a[0].dtype) or real(*a))
+    selectors, rows, labels = ClassSelectors(3, 16), torch.randn(60, 16), torch.arange(60) % 3
+    expected = logits_of(selectors, rows, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = logits_of(selectors, rows, labels)
+    assert seen == [torch.float32, torch.bfloat16] and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05)
 
 
 def plain_head(head: MLPHead) -> nn.Sequential:
@@ -149,9 +116,15 @@ def plain_head(head: MLPHead) -> nn.Sequential:
     return layers
 
 
+def one_segment(valid: Tensor) -> Segments:
+    """The valid rows as one segment, in their order."""
+    return class_order(torch.where(valid, 0, -1), 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_head_is_linear_norm_relu_linear_of_the_valid_rows(form: None, training: bool) -> None:
-    head = MLPHead(7, 16).double()
+def test_a_head_is_linear_norm_relu_linear_of_the_valid_rows(backend: str, training: bool) -> None:
+    head = MLPHead(7, 16, backend).double()
     with torch.no_grad():
         head.norm.weight.uniform_(0.5, 2)
         head.norm.bias.normal_()
@@ -161,7 +134,7 @@ def test_a_head_is_linear_norm_relu_linear_of_the_valid_rows(form: None, trainin
         layers = plain_head(head).train(training and count > 1)  # too few rows: running statistics, untouched
         rows, valid = torch.randn(50, 7).double(), torch.randperm(50) < count
         mine, theirs = rows.clone().requires_grad_(), rows[valid].clone().requires_grad_()
-        result, expected = head(mine, valid)[valid], layers(theirs)
+        result, expected = head(mine, one_segment(valid))[:count], layers(theirs)
         torch.testing.assert_close(result, expected)
         head.zero_grad()
         result.square().sum().backward()
@@ -174,12 +147,45 @@ def test_a_head_is_linear_norm_relu_linear_of_the_valid_rows(form: None, trainin
             torch.testing.assert_close(buffer, other)
 
 
-def test_a_head_of_all_rows(form: None) -> None:
-    head, rows = MLPHead(7, 16), torch.randn(12, 7)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_of_all_rows(backend: str) -> None:
+    head, rows = MLPHead(7, 16, backend), torch.randn(12, 7)
     torch.testing.assert_close(plain_head(head)(rows), head(rows))
 
 
-def test_a_head_in_autocast(form: None) -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_head_of_a_map_is_that_of_its_pixels(memory_format: torch.memory_format) -> None:
+    head = MLPHead(7, 16).double()
+    features = torch.randn(3, 7, 4, 5).double().to(memory_format=memory_format).requires_grad_()
+    rows = features.detach().permute(0, 2, 3, 1).reshape(-1, 7).requires_grad_()
+    segments = class_order(torch.randint(-1, 3, (3, 4, 5)), 3)
+    result = head(features, segments)
+    expected = plain_head(head)(rows[segments.order][: int(segments.total)])
+    torch.testing.assert_close(result[: len(expected)], expected)
+    result[: len(expected)].square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(features.grad.permute(0, 2, 3, 1).reshape(-1, 7), rows.grad)
+    assert features.grad.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pixel_linear(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    features, weight = torch.randn(2, 6, 3, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    features, weight, grad = features.to(dtype), weight.to(dtype), torch.randn(24, 5, dtype=torch.float64).to(dtype)
+    mine = [features.to(memory_format=memory_format).requires_grad_(), weight.requires_grad_()]
+    theirs = [t.detach().double().requires_grad_() for t in (features, weight)]
+    result, expected = pixel_linear(*mine), theirs[0].permute(0, 2, 3, 1).reshape(24, 6) @ theirs[1].t()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), expected, rtol=2 * eps, atol=8 * eps)
+    pairs = zip(
+        torch.autograd.grad(result, mine, grad), torch.autograd.grad(expected, theirs, grad.double()), strict=True
+    )
+    for got, exact in pairs:
+        torch.testing.assert_close(got.double(), exact, rtol=2 * eps, atol=16 * eps)
+
+
+def test_a_head_in_autocast() -> None:
     head, rows = MLPHead(7, 16), torch.randn(200, 7)
     expected = plain_head(head)(rows)
     with torch.autocast("cpu", torch.bfloat16):
@@ -190,33 +196,7 @@ def test_a_head_in_autocast(form: None) -> None:
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in head.parameters())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dim", "capability", "expected"),
-    [
-        (torch.bfloat16, 256, (9, 0), True),
-        (torch.bfloat16, 250, (9, 0), False),  # rows of no multiple of 16 bytes
-        (torch.bfloat16, 256, (8, 0), False),  # would copy the offsets to the host
-        (torch.bfloat16, 256, (10, 0), False),  # pytorch#172439
-        (torch.float16, 256, (9, 0), False),
-        (torch.float32, 256, (9, 0), False),
-    ],
-)
-def test_grouped_mm_computes_on_a_gpu_only_what_it_computes_rightly_and_asynchronously(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, capability: tuple[int, int], expected: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(ops, "missing_kernel", lambda device, dtype: None)
-    with FakeTensorMode():
-        rows, weight = (
-            torch.empty(8, dim, dtype=dtype, device="cuda"),
-            torch.empty(3, 4, dim, dtype=dtype, device="cuda"),
-        )
-        assert heads._uses_grouped_mm(rows, weight) is expected
-        assert heads._has_own_kernel(rows)
-
-
-def test_grouped_mm_is_taken_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "missing_kernel", lambda device, dtype: "built without CUDA kernels")
-    with FakeTensorMode():
-        assert heads._uses_grouped_mm(torch.empty(8, 256, device="cuda"))
-    assert not heads._uses_grouped_mm(torch.empty(8, 256, dtype=torch.float64))
+def test_a_head_in_half_precision_moves_its_own_statistics() -> None:
+    head = MLPHead(7, 16).to(torch.bfloat16)
+    head(torch.randn(50, 7, dtype=torch.bfloat16) + 3)
+    assert head.norm.running_mean.dtype == torch.bfloat16 and head.norm.running_mean.abs().max() > 0

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from norm_cases import EPS, MOMENTUM, Case, formula, make_case
 from torch import Tensor
 
 from cusim.kernels import WAYS, Kernels, Way
-from norm_cases import EPS, MOMENTUM, Case, formula, make_case
 
 FLOAT, BF16, HALF = TYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN = WAYS[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pixcontrast import ContrastBranch
+from pixcontrast.segments import class_order
 from train.errors import UserError
 from train.models import Learner
 from train.step import to_float
@@ -45,12 +46,12 @@ def attention_weights(branch: ContrastBranch, features: Tensor, labels: Tensor) 
     Returns:
         ``[B, h, w]`` float64, NaN where the label belongs to no class.
     """
-    flat = labels.reshape(-1)
-    valid = (flat >= 0) & (flat < branch.num_classes)
-    index = torch.where(valid, torch.arange(len(flat), device=flat.device), -1)
-    rows = branch.predict(branch.project.at(features, index), valid)
-    logits = branch.select_features(branch.selector_input(rows), flat)
-    return _over_mean(logits, torch.where(valid, flat, -1), branch.num_classes).view_as(labels)
+    segments = class_order(labels, branch.num_classes)
+    rows = branch.predict(branch.project(features, segments), segments._replace(order=None))
+    logits = branch.select_features(branch.selector_input(rows), segments.start, segments.count)
+    weights = _over_mean(logits, segments.labels, branch.num_classes)
+    assert segments.order is not None
+    return torch.empty_like(weights).scatter_(0, segments.order, weights).view_as(labels)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def memory_rows(branch: ContrastBranch) -> MemoryRows:
     classes, rows = filled.nonzero()[:, 0], memory.rows[filled]
     if branch.variant == "released":
         return MemoryRows(rows.double(), classes, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
-    logits = branch.select_memory(rows, classes)
+    logits = branch.memory_weight_logits()[filled]
     return MemoryRows(rows.double(), classes, _over_mean(logits, classes, memory.num_classes))
 
 
