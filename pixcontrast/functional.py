@@ -15,9 +15,9 @@ from .checks import (
     check_key_count,
     check_label_values,
     check_like,
-    check_pixel_values,
     check_pixels_and_labels,
     check_queue,
+    check_range,
 )
 from .functions import InfoNCE, MemoryMean, Positive, Project
 from .select import Anchors
@@ -293,7 +293,7 @@ def project(
     if bias is not None:
         check_float("bias", bias)
         check_like("bias", bias, (weight.shape[0],), features.device)
-    check_pixel_values(index, features.numel() // max(features.shape[1], 1))
+    check_range("index", index, -1, features.numel() // max(features.shape[1], 1) - 1)
     device = features.device.type
     if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
         features = features.to(torch.get_autocast_dtype(device))
