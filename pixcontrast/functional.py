@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import reference
 from .checks import (
     check_float,
     check_int64,
@@ -19,10 +19,10 @@ from .checks import (
     check_queue,
     check_range,
 )
-from .functions import InfoNCE, MemoryMean, Positive, Project
+from .functions import GatherPixels, InfoNCE, MemoryMean, Positive, Project
+from .ops import BACKENDS as BACKENDS
+from .ops import uses_extension
 from .select import Anchors
-
-BACKENDS = ("auto", "extension", "reference")
 
 
 class PositiveOutput(NamedTuple):
@@ -34,23 +34,6 @@ class PositiveOutput(NamedTuple):
     """``[C]``: one minus the weighted mean similarity of each class; 0 where a class takes no part. No gradient."""
     counts: Tensor
     """``[C]`` int64: valid rows of each class."""
-
-
-def uses_extension(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``backend`` means the compiled kernels for tensors of ``dtype`` on ``device``.
-
-    Raises:
-        ValueError: an unknown backend.
-        RuntimeError: ``"extension"`` was asked for and there is no kernel.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if backend == "reference":
-        return False
-    missing = ops.missing_kernel(device, dtype)
-    if backend == "extension" and missing:
-        raise RuntimeError(f'backend="extension": {missing}; or use backend="auto", which then runs on plain PyTorch')
-    return missing is None
 
 
 def memory_mean(queue: Tensor, counts: Tensor, weight_logits: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -257,6 +240,36 @@ def infonce_contrast(
             features, *anchors, constants, queue_counts, excluded, temperature, base_temperature, loss_weight
         )
     )
+
+
+def gather_pixels(features: Tensor, index: Tensor, backend: str = "auto") -> Tensor:
+    """Some pixels as rows, ``rows_of(features)[index]``, without copying the others; see
+    :func:`pixcontrast.reference.gather_pixels`.
+
+    Args:
+        features: ``[P, D]`` or ``[B, D, H, W]`` (contiguous or channels_last), float32, bfloat16, float16 or float64.
+        index: ``[R]`` int64, the pixel of each row in ``[0, P)`` (``P = B * H * W``), -1 for none. A pixel may occur
+            more than once. On CUDA every value outside ``[0, P)`` means none.
+        backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+    Returns:
+        ``[R, D]`` in the dtype of ``features``. A row without pixel is zero and passes no gradient. The gradient
+        reaches ``features``; rows of one pixel are added up in their order.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or (on CPU) pixels that do not fit, named.
+    """
+    check_float("features", features)
+    if features.dim() not in (2, 4):
+        raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
+    if index.dim() != 1:
+        raise ValueError(f"index must be [R], got {tuple(index.shape)}")
+    check_like("index", index, tuple(index.shape), features.device)
+    check_int64("index", index)
+    check_pixel_values(index, features.numel() // max(features.shape[1], 1))
+    if uses_extension(backend, features.device, features.dtype):
+        return GatherPixels.apply(features, index)
+    return reference.gather_pixels(features, index)
 
 
 def project(

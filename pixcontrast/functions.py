@@ -118,6 +118,20 @@ class InfoNCE(torch.autograd.Function):
         return features, *[None] * (ctx.inputs - 1)
 
 
+class GatherPixels(torch.autograd.Function):
+    """Some pixels as rows, see :func:`pixcontrast.reference.gather_pixels`."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index, features)
+        return torch.ops.pixcontrast.gather_pixels(features, index)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.pixcontrast.scatter_pixels(grad, *ctx.saved_tensors), None
+
+
 class Project(torch.autograd.Function):
     """Some pixels through a linear layer, see :func:`pixcontrast.reference.project`."""
 

@@ -7,6 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
+BACKENDS = ("auto", "extension", "reference")
+
 try:
     from . import _C
 
@@ -42,6 +44,23 @@ def missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     return "it has no float64 kernel for cuda; use float32" if dtype == torch.float64 else None
 
 
+def uses_extension(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``backend`` means the compiled kernels for tensors of ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: ``"extension"`` was asked for and there is no kernel.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "reference":
+        return False
+    missing = missing_kernel(device, dtype)
+    if backend == "extension" and missing:
+        raise RuntimeError(f'backend="extension": {missing}; or use backend="auto", which then runs on plain PyTorch')
+    return missing is None
+
+
 def release_memory() -> None:
     """Give the memory that operators on the CPU keep for large results back to the system."""
     if _C is not None:
@@ -52,7 +71,30 @@ def _accumulation(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _empty_like_features(features: Tensor) -> Tensor:
+    channels_last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(features, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 if available():
+
+    @torch.library.register_fake("pixcontrast::labels_at")
+    def _(labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int) -> Tensor:
+        return labels.new_empty((labels.shape[0], height, width))
+
+    @torch.library.register_fake("pixcontrast::class_order")
+    def _(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        sizes = (labels.numel(), labels.numel(), num_classes, num_classes, 1)
+        order, sorted_labels, start, count, total = (labels.new_empty(size) for size in sizes)
+        return order, sorted_labels, start, count, total
+
+    @torch.library.register_fake("pixcontrast::gather_pixels")
+    def _(features: Tensor, index: Tensor) -> Tensor:
+        return features.new_empty((index.shape[0], features.shape[1]))
+
+    @torch.library.register_fake("pixcontrast::scatter_pixels")
+    def _(grad: Tensor, index: Tensor, features: Tensor) -> Tensor:
+        return _empty_like_features(features)
 
     @torch.library.register_fake("pixcontrast::class_mean")
     def _(queue: Tensor, counts: Tensor, weight_logits: Tensor | None) -> Tensor:
@@ -101,10 +143,8 @@ if available():
         weight_grad: bool,
         bias_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        channels_last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return (
-            torch.empty_like(features, memory_format=memory_format) if features_grad else features.new_empty(0),
+            _empty_like_features(features) if features_grad else features.new_empty(0),
             weight.new_empty(weight.shape if weight_grad else 0),
             weight.new_empty(weight.shape[:1] if bias_grad else 0),
         )

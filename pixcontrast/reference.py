@@ -60,7 +60,24 @@ def memory_mean(queue: Tensor, counts: Tensor, weight_logits: Tensor | None = No
 
 def as_rows(features: Tensor) -> Tensor:
     """``[P, D]`` as it is, ``[B, D, H, W]`` as ``[B*H*W, D]`` (a view for channels_last maps)."""
-    return features if features.dim() == 2 else features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    return features if features.dim() == 2 else features.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def gather_pixels(features: Tensor, index: Tensor) -> Tensor:
+    """Some pixels as rows: row r is ``pixel[index[r]]``.
+
+    Args:
+        features: ``[P, D]`` or ``[B, D, H, W]``.
+        index: ``[R]`` int64, the pixel of each row; outside ``[0, P)`` there is none.
+
+    Returns:
+        ``[R, D]``; a row without pixel is zero and passes no gradient.
+    """
+    pixels = as_rows(features)
+    found = (index >= 0) & (index < pixels.shape[0])
+    if pixels.shape[0] == 0:
+        pixels = pad(pixels, (0, 0, 0, 1))  # something to point at
+    return torch.where(found[:, None], pixels[torch.where(found, index, 0)], 0)
 
 
 def segment_topk(

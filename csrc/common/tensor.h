@@ -119,9 +119,15 @@ inline Tensor defined_or_empty(const Tensor& t, const Tensor& like) {
   return t.defined() ? t : at::empty({0}, like.options().memory_format(std::nullopt));
 }
 
-// ---- dispatch: dispatch<Device>(t, name, body) calls body(T{}, device) with the type that kernels have for the dtype
+// ---- dispatch: Device::dispatch(t, name, body) calls body(T{}, device) with the type that kernels have for the dtype;
+// Device::on(t, body) calls body(device)
 
 struct Cpu {
+  template <class Body>
+  static void on(const Tensor&, const Body& body) {
+    body(Cpu());
+  }
+
   template <class Body>
   static void dispatch(const Tensor& t, const char* name, const Body& body) {
     switch (t.scalar_type()) {
@@ -145,20 +151,26 @@ struct Cuda {
   cudaStream_t stream;
 
   template <class Body>
-  static void dispatch(const Tensor& t, const char* name, const Body& body) {
+  static void on(const Tensor& t, const Body& body) {
     const c10::cuda::CUDAGuard guard(t.device());
-    const Cuda device{t.device(), c10::cuda::getCurrentCUDAStream()};
-    switch (t.scalar_type()) {
-      case at::kFloat:
-        return body(float{}, device);
-      case at::kBFloat16:
-        return body(__nv_bfloat16{}, device);
-      case at::kHalf:
-        return body(__half{}, device);
-      default:
-        TORCH_CHECK_TYPE(false, name, ": no CUDA kernel for ", t.scalar_type(),
-                         "; use float32, bfloat16 or float16, or backend=\"reference\"");
-    }
+    body(Cuda{t.device(), c10::cuda::getCurrentCUDAStream()});
+  }
+
+  template <class Body>
+  static void dispatch(const Tensor& t, const char* name, const Body& body) {
+    on(t, [&](const Cuda& device) {
+      switch (t.scalar_type()) {
+        case at::kFloat:
+          return body(float{}, device);
+        case at::kBFloat16:
+          return body(__nv_bfloat16{}, device);
+        case at::kHalf:
+          return body(__half{}, device);
+        default:
+          TORCH_CHECK_TYPE(false, name, ": no CUDA kernel for ", t.scalar_type(),
+                           "; use float32, bfloat16 or float16, or backend=\"reference\"");
+      }
+    });
   }
 
   // Memory for a launch. PyTorch hands it out again only to later work of the same stream.
