@@ -266,7 +266,7 @@ def gather_pixels(features: Tensor, index: Tensor, backend: str = "auto") -> Ten
         raise ValueError(f"index must be [R], got {tuple(index.shape)}")
     check_like("index", index, tuple(index.shape), features.device)
     check_int64("index", index)
-    check_pixel_values(index, features.numel() // max(features.shape[1], 1))
+    check_range("index", index, -1, features.numel() // max(features.shape[1], 1) - 1)
     if uses_extension(backend, features.device, features.dtype):
         return GatherPixels.apply(features, index)
     return reference.gather_pixels(features, index)

@@ -146,10 +146,11 @@ class ClassMemory(nn.Module):
         *,
         backend: str = "auto",
     ) -> None:
-        """:meth:`push` of rows that stand in class order.
+        """:meth:`push` of rows whose class order is known.
 
         Args:
-            rows: ``[P, D]`` in the order of the segments; normalised here.
+            rows: ``[P, D]``, normalised here. They stand in class order if ``segments.order`` is ``None``; else it says
+                which row stands where.
             segments: of classes and images: segment ``c * num_images + b`` is class c of image b.
             scores: ``[P]`` like the rows: those with the highest score are kept. ``None`` keeps the first ones.
             quota: rows kept of each segment; ``None`` keeps up to ``capacity`` of each class.
@@ -171,7 +172,7 @@ class ClassMemory(nn.Module):
         if rows.shape[0] == 0 and not self._gathers():
             return
         width = self._width(quota, num_images, rows.shape[0])
-        index = best_rows(scores, None, segments, quota, num_images, width, self.rejected, backend)
+        index = best_rows(scores, segments, quota, num_images, width, self.rejected, backend)
         self.write(rows, index, backend=backend)
 
     def _gathers(self) -> bool:
@@ -261,7 +262,7 @@ class ClassMemory(nn.Module):
         segments = class_order(group, self.num_classes * num_images, backend)
         width = self._width(quota, num_images, labels.numel())
         scores = None if scores is None else scores.reshape(-1)
-        return best_rows(scores, segments.order, segments, quota, num_images, width, self.rejected, backend)
+        return best_rows(scores, segments, quota, num_images, width, self.rejected, backend)
 
     def _width(self, quota: int | None, num_images: int, total: int) -> int:
         """Rows of a class that one push can keep."""

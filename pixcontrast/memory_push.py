@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .functional import uses_extension
+from .ops import uses_extension
 from .segments import Segments
 
 
@@ -73,7 +73,6 @@ def memory_write(
 
 def best_rows(
     scores: Tensor | None,
-    order: Tensor | None,
     segments: Segments,
     quota: int | None,
     num_images: int,
@@ -84,7 +83,7 @@ def best_rows(
     """The best ``quota`` rows of each class and image, and the best ``width`` of each class among them.
 
     Args:
-        scores, order, rejected, backend: as for :func:`segment_topk`.
+        scores, rejected, backend: as for :func:`segment_topk`.
         segments: of classes and images: segment ``c * num_images + b`` is class c of image b.
         quota: rows of each segment; ``None`` for no limit but ``width``.
         num_images: how many images there are.
@@ -94,7 +93,9 @@ def best_rows(
         ``[C, width]`` int64 rows, best first; -1 where there are fewer.
     """
     each = width if quota is None else min(quota, width)
-    index = segment_topk(scores, order, segments.start, segments.count, each, rejected=rejected, backend=backend)
+    index = segment_topk(
+        scores, segments.order, segments.start, segments.count, each, rejected=rejected, backend=backend
+    )
     classes, size = len(index) // num_images, num_images * each
     if num_images == 1 or size == 0:
         return index[:classes]

@@ -105,12 +105,14 @@ def test_rows_in_class_order_are_pushed_alike(quota: int | None, num_images: int
     rows, labels = torch.randn(90, 4), torch.randint(-1, 4, (90,))
     images = torch.arange(90) * num_images // 90
     scores = torch.randint(0, 5, (90,)).float() if with_scores else None
-    memory, expected = ClassMemory(3, 7, 4), ClassMemory(3, 7, 4)
+    memory, by_order, expected = (ClassMemory(3, 7, 4) for _ in range(3))
     expected.push(rows, labels, scores, quota, images, num_images)
     segments = class_order(torch.where(labels < 0, -1, labels * num_images + images), 3 * num_images)
     in_order = None if scores is None else scores[segments.order]
-    memory.push_sorted(rows[segments.order], segments, in_order, quota, num_images)
-    assert all(torch.equal(a, b) for a, b in zip(memory.buffers(), expected.buffers(), strict=True))
+    memory.push_sorted(rows[segments.order], segments._replace(order=None), in_order, quota, num_images)
+    by_order.push_sorted(rows, segments, scores, quota, num_images)
+    for mine in (memory, by_order):
+        assert all(torch.equal(a, b) for a, b in zip(mine.buffers(), expected.buffers(), strict=True))
     assert memory.counts.sum() > 0
 
 
