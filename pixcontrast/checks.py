@@ -56,14 +56,14 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, wher
         )
 
 
-def check_pixel_values(index: Tensor, pixels: int) -> None:
-    """CPU pixels within ``-1..pixels - 1``; a GPU would have to wait."""
-    if torch.compiler.is_compiling() or index.device.type != "cpu":
+def check_range(name: str, values: Tensor, least: int, most: int) -> None:
+    """CPU ``values`` within ``least..most``; a GPU would have to wait."""
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
         return
-    wrong = (index < -1) | (index >= pixels)
+    wrong = (values < least) | (values > most)
     if wrong.any():
-        listed = ", ".join(map(str, torch.unique(index[wrong])[:8].tolist()))
-        raise ValueError(f"index: {int(wrong.sum())} of {index.numel()} are outside -1..{pixels - 1}: {listed}")
+        listed = ", ".join(map(str, torch.unique(values[wrong])[:8].tolist()))
+        raise ValueError(f"{name}: {int(wrong.sum())} of {values.numel()} are outside {least}..{most}: {listed}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:

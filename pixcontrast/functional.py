@@ -15,9 +15,9 @@ from .checks import (
     check_key_count,
     check_label_values,
     check_like,
-    check_pixel_values,
     check_pixels_and_labels,
     check_queue,
+    check_range,
 )
 from .functions import GatherPixels, InfoNCE, MemoryMean, Positive
 from .ops import BACKENDS as BACKENDS
@@ -266,7 +266,7 @@ def gather_pixels(features: Tensor, index: Tensor, backend: str = "auto") -> Ten
         raise ValueError(f"index must be [R], got {tuple(index.shape)}")
     check_like("index", index, tuple(index.shape), features.device)
     check_int64("index", index)
-    check_pixel_values(index, features.numel() // max(features.shape[1], 1))
+    check_range("index", index, -1, features.numel() // max(features.shape[1], 1) - 1)
     if uses_extension(backend, features.device, features.dtype):
         return GatherPixels.apply(features, index)
     return reference.gather_pixels(features, index)

@@ -58,12 +58,12 @@ class GraphedBranch(nn.Module):
         if features.device.type != "cuda":
             return
         state = copy.deepcopy(branch.state_dict())
-        tensors = tuple(value.clone().detach().requires_grad_(value.requires_grad) for value in given.values() if value is not None)
+        tensors = tuple(
+            value.clone().detach().requires_grad_(value.requires_grad) for value in given.values() if value is not None
+        )
         self._loss = cast(
             nn.Module,
-            torch.cuda.make_graphed_callables(
-                self._loss, tensors, num_warmup_iters=warmup, allow_unused_input=True
-            ),
+            torch.cuda.make_graphed_callables(self._loss, tensors, num_warmup_iters=warmup, allow_unused_input=True),
         )
         if branch.capacity > 0:
             self._graph = self._capture(warmup)

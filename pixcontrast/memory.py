@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checks import check_float, check_int64, check_like, check_range
 from .distributed import mean_over_ranks, world_size
 from .functional import memory_mean
-from .reference import unit_rows
+from .memory_push import best_rows, memory_write
+from .segments import Segments, class_order
 from .select import labels_at
 
 SYNCS = ("local", "gather", "reduce")
@@ -34,11 +36,14 @@ class ClassMemory(nn.Module):
         rows: ``[C, N, D]``; the first ``counts[c]`` rows of class c are valid.
         counts: ``[C]`` int64, valid rows of each class.
         cursors: ``[C]`` int64, where the next row of each class goes.
+        rejected: scalar int64, not part of ``state_dict``: rows that were not stored because their score or their norm
+            is not finite, since the module was made or cleared.
     """
 
     rows: Tensor
     counts: Tensor
     cursors: Tensor
+    rejected: Tensor
 
     def __init__(
         self, num_classes: int, capacity: int, dim: int, sync: str = "local", dtype: torch.dtype = torch.float32
@@ -53,6 +58,7 @@ class ClassMemory(nn.Module):
         self.register_buffer("rows", torch.zeros(num_classes, capacity, dim, dtype=dtype))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("cursors", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("rejected", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @property
     def num_classes(self) -> int:
@@ -78,7 +84,7 @@ class ClassMemory(nn.Module):
 
     def clear(self) -> None:
         """Forget everything."""
-        for buffer in (self.rows, self.counts, self.cursors):
+        for buffer in (self.rows, self.counts, self.cursors, self.rejected):
             buffer.zero_()
 
     def extra_repr(self) -> str:
@@ -93,8 +99,13 @@ class ClassMemory(nn.Module):
         quota: int | None = None,
         images: Tensor | None = None,
         num_images: int = 1,
+        *,
+        backend: str = "auto",
     ) -> None:
         """Write the best rows of each class into its ring.
+
+        A row whose score is not finite is never chosen, and a chosen row whose norm is not finite is not stored; both
+        count in ``rejected``. Of equal scores, the first row is the best.
 
         Args:
             rows: ``[P, D]``, or a map ``[B, D, h, w]``; normalised here.
@@ -102,31 +113,67 @@ class ClassMemory(nn.Module):
                 with a label outside ``[0, C)`` are left out.
             scores: ``[P]`` or ``[B, h, w]``: rows with the highest score are kept. ``None`` keeps the first ones.
             quota: rows kept of each class (of each image, if ``images`` is given); ``None`` keeps up to ``capacity``.
-            images: ``[P]`` or ``[B, h, w]`` int64 in ``[0, num_images)``, the image of each row.
+            images: ``[P]`` or ``[B, h, w]`` int64 in ``[0, num_images)``, the image of each row. On CUDA, a row of
+                another image is left out.
             num_images: how many images ``images`` counts.
+            backend: ``"auto"``, ``"extension"`` or ``"reference"``.
 
         Raises:
-            ValueError: shapes that do not fit together.
+            ValueError, TypeError: shapes, dtypes, devices or (on CPU) images that do not fit, named.
         """
         if rows.dim() == 4 and labels.dim() == 3:
             labels = labels_at(labels, (rows.shape[2], rows.shape[3]))
-        flat_labels = self._checked(rows, labels, scores, quota, images, num_images)
-        if flat_labels.shape[0] == 0 and not self._gathers():
+        self._check_rows("push", rows, quota, num_images)
+        shape = (rows.shape[0], *rows.shape[2:])
+        for name, tensor in (("labels", labels), ("images", images), ("scores", scores)):
+            if tensor is not None:
+                check_like(f"ClassMemory.push: {name}", tensor, shape, self.rows.device)
+                (check_float if name == "scores" else check_int64)(f"ClassMemory.push: {name}", tensor)
+        if images is not None:
+            check_range("ClassMemory.push: images", images, 0, num_images - 1)
+        if labels.numel() == 0 and not self._gathers():
             return
-        flat_scores = None if scores is None else scores.reshape(-1)
-        flat_images = None if images is None else images.reshape(-1)
-        picked, kept = self.choose(flat_labels, flat_scores, quota, flat_images, num_images)
-        chosen = _take(rows, picked)
-        if not self._gathers():
-            self._write(chosen, kept)
+        self.write(rows, self._choose(labels, scores, quota, images, num_images, backend), backend=backend)
+
+    @torch.no_grad()
+    def push_sorted(
+        self,
+        rows: Tensor,
+        segments: Segments,
+        scores: Tensor | None = None,
+        quota: int | None = None,
+        num_images: int = 1,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        """:meth:`push` of rows whose class order is known.
+
+        Args:
+            rows: ``[P, D]``, normalised here. They stand in class order if ``segments.order`` is ``None``; else it says
+                which row stands where.
+            segments: of classes and images: segment ``c * num_images + b`` is class c of image b.
+            scores: ``[P]`` like the rows: those with the highest score are kept. ``None`` keeps the first ones.
+            quota: rows kept of each segment; ``None`` keeps up to ``capacity`` of each class.
+            num_images: how many images there are.
+            backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices that do not fit, named.
+        """
+        self._check_rows("push_sorted", rows, quota, num_images)
+        if rows.dim() != 2:
+            raise ValueError(f"ClassMemory.push_sorted: rows must be [P, {self.dim}], got {tuple(rows.shape)}")
+        for name, tensor in (("start", segments.start), ("count", segments.count)):
+            shape = (self.num_classes * num_images,)
+            check_like(f"ClassMemory.push_sorted: segments.{name}", tensor, shape, self.rows.device)
+        if scores is not None:
+            check_float("ClassMemory.push_sorted: scores", scores)
+            check_like("ClassMemory.push_sorted: scores", scores, (rows.shape[0],), self.rows.device)
+        if rows.shape[0] == 0 and not self._gathers():
             return
-        world = dist.get_world_size()
-        all_chosen = [torch.empty_like(chosen) for _ in range(world)]
-        all_kept = [torch.empty_like(kept) for _ in range(world)]
-        dist.all_gather(all_chosen, chosen)
-        dist.all_gather(all_kept, kept)
-        for chosen, kept in zip(all_chosen, all_kept, strict=True):
-            self._write(chosen, kept)
+        width = self._width(quota, num_images, rows.shape[0])
+        index = best_rows(scores, segments, quota, num_images, width, self.rejected, backend)
+        self.write(rows, index, backend=backend)
 
     def _gathers(self) -> bool:
         return self.sync == "gather" and world_size() > 1
@@ -151,96 +198,96 @@ class ClassMemory(nn.Module):
             return mean, self.counts
         return mean_over_ranks(mean, self.counts, weight_logits)
 
+    @torch.no_grad()
     def choose(
-        self, labels: Tensor, scores: Tensor | None, quota: int | None, images: Tensor | None, num_images: int
-    ) -> tuple[Tensor, Tensor]:
-        """Which of the rows with ``labels [P]`` :meth:`push` keeps, best first; arguments as there.
-
-        Returns:
-            row index ``[C, K]`` (-1 where there are fewer) and how many ``[C]``.
-        """
-        classes, total, device = self.num_classes, labels.shape[0], labels.device
-        most = quota if quota is None or images is None else quota * num_images
-        width = self.capacity if most is None else min(self.capacity, most)
-        if not self._gathers():  # other ranks may have more rows
-            width = min(width, total)
-        if total == 0:
-            return (
-                torch.full((classes, width), -1, dtype=torch.int64, device=device),
-                torch.zeros(classes, dtype=torch.int64, device=device),
-            )
-        valid = (labels >= 0) & (labels < classes)
-        position = torch.arange(total, device=device)
-        by_score = position if scores is None else torch.argsort(scores, descending=True, stable=True)
-        order = by_score
-        if images is not None and quota is not None:
-            # rank inside (class, image) first; what is over the quota there drops out of the ranking by class
-            group = torch.where(valid, labels * num_images + images, classes * num_images)
-            order = order[torch.argsort(group[order], stable=True)]
-            ordered = group[order]
-            first = torch.searchsorted(ordered, torch.arange(classes * num_images + 1, device=device))
-            dropped = torch.zeros_like(valid).scatter(0, order, position - first[ordered] >= quota)
-            valid = valid & ~dropped
-            order = by_score  # among the images' best rows, the overall best come first again
-        group = torch.where(valid, labels, classes)
-        order = order[torch.argsort(group[order], stable=True)]
-        ordered = group[order]
-        bounds = torch.searchsorted(ordered, torch.arange(classes + 1, device=device))
-        rank = position - bounds[ordered]
-        # one slot beyond the table takes every row that is not kept
-        slot = torch.where((ordered < classes) & (rank < width), ordered * width + rank, classes * width)
-        table = torch.full((classes * width + 1,), -1, dtype=torch.int64, device=device)
-        table = table.scatter(0, slot, order)[:-1].view(classes, width)
-        return table, (table >= 0).sum(1)
-
-    def _write(self, chosen: Tensor, kept: Tensor) -> None:
-        """Write ``chosen [C, K, D]``, of which the first ``kept[c]`` are real, best row last: it stays longest."""
-        width = chosen.shape[1]
-        step = torch.arange(width, device=chosen.device)
-        place = torch.where(step < kept[:, None], kept[:, None] - 1 - step, step)
-        slots = (self.cursors[:, None] + place) % self.capacity
-        index = slots[..., None].expand(-1, -1, self.dim)
-        real = (step < kept[:, None])[..., None]
-        # slots of missing rows get back what they hold, so that the shape of the write never depends on the data
-        rows = unit_rows(chosen.to(torch.promote_types(chosen.dtype, torch.float32))).to(self.rows.dtype)
-        self.rows.scatter_(1, index, torch.where(real, rows, self.rows.gather(1, index)))
-        self.counts.copy_((self.counts + kept).clamp_max(self.capacity))
-        self.cursors.copy_((self.cursors + kept) % self.capacity)
-
-    def _checked(
         self,
-        rows: Tensor,
         labels: Tensor,
         scores: Tensor | None,
         quota: int | None,
         images: Tensor | None,
         num_images: int,
+        *,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the rows with ``labels`` (flattened, ``[P]``) :meth:`push` keeps, best first; arguments as there.
+
+        Returns:
+            row index ``[C, K]`` (-1 where there are fewer) and how many ``[C]``.
+        """
+        index = self._choose(labels, scores, quota, images, num_images, backend)
+        return index, (index >= 0).sum(1)
+
+    @torch.no_grad()
+    def write(self, rows: Tensor, index: Tensor, *, backend: str = "auto") -> None:
+        """Write rows that were chosen before into the rings, the best last, so that it stays longest.
+
+        With ``sync="gather"``, every rank must call it with an ``index`` of the same shape.
+
+        Args:
+            rows: ``[P, D]`` or ``[B, D, h, w]``; normalised here. Rows whose norm is not finite are left out and count
+                in ``rejected``.
+            index: ``[C, K]`` int64, rows (or pixels) for each class, best first; -1 for none.
+            backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+        """
+        memory = self.rows, self.counts, self.cursors, self.rejected
+        if not self._gathers():
+            memory_write(*memory, rows, index, backend=backend)
+            return
+        chosen = _take(rows, index.reshape(-1))
+        own = torch.arange(index.numel(), device=index.device).view_as(index)  # where the chosen rows stand
+        own = torch.where(index >= 0, own, -1)
+        world = dist.get_world_size()
+        all_chosen = [torch.empty_like(chosen) for _ in range(world)]
+        all_own = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(all_chosen, chosen)
+        dist.all_gather(all_own, own)
+        for chosen, own in zip(all_chosen, all_own, strict=True):
+            memory_write(*memory, chosen, own, backend=backend)
+
+    def _choose(
+        self,
+        labels: Tensor,
+        scores: Tensor | None,
+        quota: int | None,
+        images: Tensor | None,
+        num_images: int,
+        backend: str,
     ) -> Tensor:
+        """Rows ``[C, K]`` of :meth:`choose`."""
+        if quota is None or images is None:
+            num_images, group = 1, labels
+        else:  # class-major; -1 where the image is none, and out of range where the label is none
+            group = labels.clamp(-1, self.num_classes) * num_images + images
+            group = torch.where(images == images.clamp(0, num_images - 1), group, -1)
+        segments = class_order(group, self.num_classes * num_images, backend)
+        width = self._width(quota, num_images, labels.numel())
+        scores = None if scores is None else scores.reshape(-1)
+        return best_rows(scores, segments, quota, num_images, width, self.rejected, backend)
+
+    def _width(self, quota: int | None, num_images: int, total: int) -> int:
+        """Rows of a class that one push can keep."""
+        width = self.capacity if quota is None else min(self.capacity, quota * num_images)
+        return width if self._gathers() else min(width, total)  # other ranks may have more rows
+
+    def _check_rows(self, where: str, rows: Tensor, quota: int | None, num_images: int) -> None:
         if rows.dim() not in (2, 4) or rows.shape[1] != self.dim:
             raise ValueError(
-                f"ClassMemory.push: rows must be [P, {self.dim}] or [B, {self.dim}, h, w], got {tuple(rows.shape)}"
+                f"ClassMemory.{where}: rows must be [P, {self.dim}] or [B, {self.dim}, h, w], got {tuple(rows.shape)}"
             )
-        expected = (rows.shape[0],) if rows.dim() == 2 else (rows.shape[0], *rows.shape[2:])
-        for name, tensor in (("labels", labels), ("scores", scores), ("images", images)):
-            if tensor is not None and tuple(tensor.shape) != tuple(expected):
-                raise ValueError(f"ClassMemory.push: {name} must be {tuple(expected)}, got {tuple(tensor.shape)}")
-        if labels.dtype != torch.int64:
-            raise TypeError(f"ClassMemory.push: labels must be int64, got {labels.dtype}")
+        check_float(f"ClassMemory.{where}: rows", rows)
+        check_like(f"ClassMemory.{where}: rows", rows, tuple(rows.shape), self.rows.device)
         if quota is not None and quota < 1:
-            raise ValueError(f"ClassMemory.push: quota must be at least 1 or None, got {quota}")
+            raise ValueError(f"ClassMemory.{where}: quota must be at least 1 or None, got {quota}")
         if num_images < 1:
-            raise ValueError(f"ClassMemory.push: num_images must be at least 1, got {num_images}")
-        return labels.reshape(-1)
+            raise ValueError(f"ClassMemory.{where}: num_images must be at least 1, got {num_images}")
 
 
-def _take(rows: Tensor, picked: Tensor) -> Tensor:
-    """Rows ``picked [C, K]`` (-1: a zero row) of ``[P, D]`` or of the pixels of ``[B, D, h, w]``: ``[C, K, D]``."""
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index [K]`` of ``[P, D]`` or of the pixels of ``[B, D, h, w]``: ``[K, D]``; anything for -1."""
     if rows.numel() == 0:
-        return rows.new_zeros(*picked.shape, rows.shape[1])
-    index = picked.clamp_min(0)
-    if rows.dim() == 4:
-        pixels = rows.shape[2] * rows.shape[3]
-        taken = rows.flatten(2)[index // pixels, :, index % pixels]
-    else:
-        taken = rows[index]
-    return torch.where(picked[..., None] >= 0, taken, 0)
+        return rows.new_zeros(len(index), rows.shape[1])
+    index = index.clamp_min(0)
+    if rows.dim() == 2:
+        return rows[index]
+    pixels = rows.shape[2] * rows.shape[3]
+    return rows.flatten(2)[index // pixels, :, index % pixels]

@@ -129,6 +129,16 @@ if available():
             torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
         )
 
+    @torch.library.register_fake("pixcontrast::segment_topk")
+    def _(
+        scores: Tensor | None, order: Tensor | None, start: Tensor, count: Tensor, k: int, rejected: Tensor | None
+    ) -> Tensor:
+        return start.new_empty((start.shape[0], k))
+
+    @torch.library.register_fake("pixcontrast::memory_write")
+    def _(rows: Tensor, counts: Tensor, cursors: Tensor, rejected: Tensor, source: Tensor, index: Tensor) -> None:
+        return None
+
     @torch.library.register_fake("pixcontrast::scale_")
     def _(tensors: list[Tensor], factor: Tensor) -> None:
         return None

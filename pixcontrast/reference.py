@@ -84,6 +84,79 @@ def gather_pixels(features: Tensor, index: Tensor) -> Tensor:
     return torch.where(found[:, None], pixels[torch.where(found, index, 0)], 0)
 
 
+def segment_topk(
+    scores: Tensor | None, order: Tensor | None, start: Tensor, count: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` rows of the highest score of each segment, best first, of equal scores the lower row first.
+
+    Args:
+        scores: ``[P]``; a row whose score is not finite is not chosen. ``None``: all alike.
+        order: ``[L]`` int64, the row at each position, outside ``[0, P)``: none; ``None``: the position itself.
+        start, count: ``[S]`` int64, segments of positions, which ascend without overlap.
+        k: rows of each segment.
+
+    Returns:
+        ``[S, k]`` int64 rows, -1 where a segment has fewer; and how many scores in segments are not finite.
+    """
+    segments, device = len(start), start.device
+    if order is None:
+        if scores is None:  # the first rows
+            step = torch.arange(k, device=device)
+            return torch.where(step < count[:, None], start[:, None] + step, -1), count.new_zeros(())
+        order = torch.arange(len(scores), device=device)
+    if 0 in (segments, k, len(order)) or (scores is not None and len(scores) == 0):
+        return start.new_full((segments, k), -1), count.new_zeros(())
+    position = torch.arange(len(order), device=device)
+    segment = torch.searchsorted(start + count, position, right=True)  # the first that ends behind the position
+    valid = (segment < segments) & (start[segment.clamp_max(segments - 1)] <= position) & (order >= 0)
+    score = torch.zeros(len(order), device=device)
+    if scores is not None:
+        valid = valid & (order < len(scores))
+        score = scores[torch.where(valid, order, 0)]
+    finite = score.isfinite()
+    segment = torch.where(valid & finite, segment, segments)
+    by = torch.argsort(order, stable=True)  # stable sorts: by row, then by score, then by segment
+    by = by[torch.argsort(score[by], descending=True, stable=True)]
+    by = by[torch.argsort(segment[by], stable=True)]
+    segment = segment[by]
+    rank = position - torch.searchsorted(segment, torch.arange(segments + 1, device=device))[segment]
+    # one slot beyond the table takes every row that is not chosen
+    slot = torch.where((segment < segments) & (rank < k), segment * k + rank, segments * k)
+    table = start.new_full((segments * k + 1,), -1).scatter(0, slot, order[by])
+    return table[:-1].view(segments, k), (valid & ~finite).sum()
+
+
+def memory_write(
+    rows: Tensor, counts: Tensor, cursors: Tensor, rejected: Tensor, source: Tensor, index: Tensor
+) -> None:
+    """Write unit rows into the ring of each class, in place, the best row last, so that it stays longest.
+
+    Entry r of the m entries of class c whose norm is finite goes to slot ``(cursors[c] + m - 1 - r) mod N`` if r < N.
+
+    Args:
+        rows, counts, cursors: ``[C, N, D]``, ``[C]`` and ``[C]`` of the memory.
+        rejected: ``[]`` int64, increased by the entries whose norm is not finite; the ring has no holes for them.
+        source: ``[Q, D]`` or ``[B, D, H, W]``.
+        index: ``[C, K]`` int64, rows or pixels of the source, best first; outside ``[0, Q)``: none.
+    """
+    source = as_rows(source)
+    if len(source) == 0:
+        return
+    classes, capacity, dim = rows.shape
+    found = (index >= 0) & (index < len(source))
+    new = source[torch.where(found, index, 0)].to(accumulation_dtype(source.dtype))
+    stored = found & torch.linalg.vector_norm(new, dim=2).isfinite()
+    total, rank = stored.sum(1), stored.cumsum(1) - 1
+    slot = (cursors[:, None] + total[:, None] - 1 - rank) % capacity
+    # one slot beyond the ring takes every row that is not stored
+    slot = torch.where(stored & (rank < capacity), slot, capacity)[..., None].expand(-1, -1, dim)
+    ring = torch.cat([rows, rows.new_zeros(classes, 1, dim)], 1).scatter(1, slot, unit_rows(new).to(rows.dtype))
+    rows.copy_(ring[:, :-1])
+    counts.copy_((counts + total).clamp_max(capacity))
+    cursors.copy_((cursors + total) % capacity)
+    rejected.add_((found & ~stored).sum())
+
+
 def members(rows: int, start: Tensor | None, count: Tensor) -> Tensor:
     """``[P, C]`` bool: which of ``rows`` = P rows are of which segment; ``start`` and ``count`` ``[C]`` int64."""
     classes = count.shape[0]
