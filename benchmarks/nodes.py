@@ -1,8 +1,8 @@
 """Device nodes of one training step of the whole contrast branch, counted without a GPU.
 
 ``python -m benchmarks.nodes`` prints the table by part: how many kernels, copies and memory fills a CUDA graph of the
-step would hold. The step runs on fake CUDA tensors, which have shapes and no memory; PyTorch's operators count as one
-node each but for views, and ours as many as they launch (a test of the emulated kernels checks these numbers).
+step would hold. The step runs on meta tensors, which have shapes and no memory; PyTorch's operators count as one node
+each but for views, and ours as many as they launch (a test of the emulated kernels checks these numbers).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixcontrast import ContrastBranch, ops
@@ -37,6 +37,7 @@ LAUNCHES = {
     "positive": 4,
     "scale_": 1,
     "segment_topk": 1,
+    "unit_rows": 1,
 }
 # PyTorch's operators that launch another number than one: nothing, or a copy more.
 NODES = {
@@ -96,14 +97,16 @@ class NodeCounter(TorchDispatchMode):
 
 
 @contextmanager
-def cuda_kernels() -> Iterator[None]:
-    """As if the extension had been built with CUDA kernels: fake tensors need none."""
-    before = ops._cuda_version
-    ops._cuda_version = before or "13.0"
-    try:
+def on_meta() -> Iterator[None]:
+    """Meta tensors as if they were on a GPU: the operators, and autocast, take them."""
+    enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    with (
+        patch.object(ops, "missing_kernel", lambda device, dtype: None),
+        patch("torch.is_autocast_enabled", lambda device: enabled("cpu" if device == "meta" else device)),
+        patch("torch.get_autocast_dtype", lambda device: dtype("cpu" if device == "meta" else device)),
+        torch.device("meta"),
+    ):
         yield
-    finally:
-        ops._cuda_version = before
 
 
 def count_step(variant: str = "paper", autocast: bool = False) -> NodeCounter:
@@ -112,7 +115,7 @@ def count_step(variant: str = "paper", autocast: bool = False) -> NodeCounter:
     Features ``[5, 2048, 65, 65]`` of labelled and unlabelled images and of the teacher, labels ``[5, 512, 512]``,
     19 classes, a memory of 256 rows a class.
     """
-    with cuda_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+    with on_meta():
         branch, teacher = (ContrastBranch(2048, 19, variant=variant, quota=1, loss_weight=0.1) for _ in range(2))
         maps = [torch.randn(5, 2048, 65, 65) for _ in range(3)]
         labels = [torch.zeros(5, 512, 512, dtype=torch.int64) for _ in range(2)]
@@ -121,7 +124,7 @@ def count_step(variant: str = "paper", autocast: bool = False) -> NodeCounter:
         for parameter in branch.parameters():  # a step after the first: gradients are added
             parameter.grad = None
         with NodeCounter() as counter:
-            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 with counter.of("remember"):
                     branch.remember(maps[2], logits, labels[0], teacher=teacher)
                 losses = []

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .checks import check_label_values
-from .functional import gather_pixels
+from .functional import gather_pixels, unit_rows
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
 from .memory import ClassMemory
-from .reference import unit_rows
 from .segments import Segments, class_order, valid_labels_at
 from .select import Anchors, all_anchors, confident, labels_at, logits_at
 from .stats import ContrastStats, InfoNCEStats
@@ -239,8 +238,8 @@ class ContrastBranch(nn.Module):
             return self.criterion.contrast(unit, anchors, queue, return_stats=return_stats)
         segments = class_order(label, self.num_classes, self.backend)
         rows = self.predict(self.project(features, segments), segments._replace(order=None))
-        # selectors learn what to weigh; they do not push the features (their input is detached)
-        weight_logits = self.select_features(self.selector_input(rows.detach()), segments.start, segments.count)
+        # selectors learn what to weigh; they do not push the features
+        weight_logits = self.select_features(self.selector_input(rows), segments.start, segments.count)
         return self.criterion(
             rows,
             segments.labels,
@@ -273,8 +272,8 @@ class ContrastBranch(nn.Module):
         return self.project(pixels, segments), segments
 
     def selector_input(self, rows: Tensor) -> Tensor:
-        """What the feature selectors see: unit rows; rows of any norm in the released variant."""
-        return rows if self.variant == "released" else unit_rows(rows)
+        """What the feature selectors see, detached: unit rows; rows of any norm in the released variant."""
+        return rows.detach() if self.variant == "released" else unit_rows(rows, self.backend)
 
     def memory_weight_logits(self) -> Tensor:
         """Logits ``[C, N]`` of the attention weights of the memory rows; 0 where there is none."""
@@ -299,5 +298,6 @@ class ContrastBranch(nn.Module):
                 f"ContrastBranch.{where}: labels are on {labels.device}, features on {features.device}; move one"
             )
         size = (features.shape[2], features.shape[3])
-        check_label_values(labels_at(labels, size), self.num_classes, self.ignore_index, f"ContrastBranch.{where}")
+        if labels.device.type == "cpu":
+            check_label_values(labels_at(labels, size), self.num_classes, self.ignore_index, f"ContrastBranch.{where}")
         return valid_labels_at(labels, size, self.num_classes, self.ignore_index, self.backend)

@@ -43,10 +43,10 @@ def check_key_count(queues: Sequence[Tensor], device: torch.device) -> None:
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
-    """CPU ``labels`` within ``[0, num_classes)`` or ignored; a GPU would have to wait."""
+    """CPU ``labels`` below ``num_classes`` or ignored, as negative ones always are; a GPU would have to wait."""
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return
-    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    wrong = (labels >= num_classes) & (labels != ignore_index)
     if wrong.any():
         values = torch.unique(labels[wrong]).tolist()
         listed = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")

@@ -242,6 +242,19 @@ def infonce_contrast(
     )
 
 
+@torch.no_grad()
+def unit_rows(rows: Tensor, backend: str = "auto") -> Tensor:
+    """``rows [P, D]`` scaled to norm one, without gradient; rows of norm below 1e-12 become zero.
+
+    Args:
+        rows: float32, bfloat16, float16 or float64.
+        backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+    """
+    if uses_extension(backend, rows.device, rows.dtype):
+        return torch.ops.pixcontrast.unit_rows(rows)
+    return reference.unit_rows(rows)
+
+
 def gather_pixels(features: Tensor, index: Tensor, backend: str = "auto") -> Tensor:
     """Some pixels as rows, ``rows_of(features)[index]``, without copying the others; see
     :func:`pixcontrast.reference.gather_pixels`.

@@ -76,6 +76,7 @@ class Positive(torch.autograd.Function):
         )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
+        ctx.set_materialize_grads(False)  # no zeros for these
         return loss, class_loss, pixels, unknown
 
     @staticmethod

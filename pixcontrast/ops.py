@@ -139,6 +139,10 @@ if available():
     def _(rows: Tensor, counts: Tensor, cursors: Tensor, rejected: Tensor, source: Tensor, index: Tensor) -> None:
         return None
 
+    @torch.library.register_fake("pixcontrast::unit_rows")
+    def _(rows: Tensor) -> Tensor:
+        return rows.new_empty(rows.shape)
+
     @torch.library.register_fake("pixcontrast::scale_")
     def _(tensors: list[Tensor], factor: Tensor) -> None:
         return None

@@ -200,25 +200,26 @@ def norm_linear(
     order, start, count = rows
     dtype = accumulation_dtype(hidden.dtype)
     member = members(len(hidden), start, count)
-    valid, member = member.any(1), member.to(dtype)
+    valid, index = member.any(1), member.long().argmax(1)  # 0 for rows outside of segments
     x = torch.where(valid[:, None], hidden if order is None else hidden[order], 0).to(dtype)
     n = count.to(dtype)[:, None]
     shape = (len(count), hidden.shape[1])
     norm_weight, norm_bias, hidden_bias = (t.view(shape) for t in (norm.weight, norm.bias, hidden_bias))
     running_mean, running_var = norm.running_mean.view(shape), norm.running_var.view(shape)
     with torch.autocast(hidden.device.type, enabled=False):
-        mean = member.t() @ x / n.clamp_min(1)
-        centred = x - member @ mean
-        variance = member.t() @ centred.square() / n.clamp_min(1)
+        zeros = x.new_zeros(shape)
+        mean = zeros.index_add(0, index, x) / n.clamp_min(1)
+        centred = torch.where(valid[:, None], x - mean[index], 0)
+        variance = zeros.index_add(0, index, centred.square()) / n.clamp_min(1)
         own = (n >= 2) & torch.tensor(norm.training, device=n.device)
+        centre = torch.where(own, mean, running_mean - hidden_bias)
         scale = torch.rsqrt(torch.where(own, variance, running_var.clone()) + norm.eps) * norm_weight
-        shift = torch.where(own, 0, mean + hidden_bias - running_mean)
-        y = (centred + member @ shift) * (member @ scale) + member @ norm_bias
-        activations = leaky_relu(y, slope).to(hidden.dtype)
+        y = (x - centre[index]) * scale[index] + norm_bias[index]
+        activations = torch.where(valid[:, None], leaky_relu(y, slope), 0).to(hidden.dtype)
         if dense:
             out = linear(activations, weight, bias)
         else:
-            out = (member * (activations.to(dtype) @ weight.t() + bias)).sum(1)
+            out = torch.where(valid, (activations.to(dtype) * weight[index]).sum(1) + bias[index], 0)
     with torch.no_grad():
         rate = norm.momentum * own.to(dtype)
         running_mean.add_(rate * (mean + hidden_bias - running_mean))

@@ -50,6 +50,7 @@ class Kernels:
     def __init__(self, name: str, sources: list[Path]) -> None:
         self._libraries = Libraries(name, sources)
         self._processes: dict[str, _Process] = {}
+        self.launches: list[int] = []  # of each call, emulated
 
     def run(self, way: Way, function: str, *arguments: Array | int | float | None) -> None:
         """Calls ``function``, which changes the arrays in place; in the first of the builds if ``way`` names another.
@@ -65,7 +66,8 @@ class Kernels:
         if way.build not in self._processes:
             tool = TOOL if way.build == "gpu" else []
             self._processes[way.build] = _Process(self._libraries.path(way.build), BUILDS[way.build].preload, tool)
-        status, what, results = self._processes[way.build].call(function, way.order, passed)
+        status, what, results, launches = self._processes[way.build].call(function, way.order, passed)
+        self.launches.append(launches)
         if status:
             self._processes[way.build].end()  # most errors of a GPU stay until the process ends
             raise KernelError(f"{function} returned {status}{what}")
@@ -101,7 +103,7 @@ class _Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process lives
 
-    def call(self, *request: object) -> tuple[int, str, list[bytes]]:
+    def call(self, *request: object) -> tuple[int, str, list[bytes], int]:
         if self._process is None:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(

@@ -1,8 +1,8 @@
 """The process in which kernels run, so that an error there ends this process and not the tests.
 
 Usage: ``worker.py LIBRARY MARK``. It reads pickled ``(function, order, arguments)`` and answers with the mark and
-``(status, what it means, arrays)``. An argument is an integer, a float, None for a null pointer, or the bytes of an
-array, which the answer has as the kernel left them.
+``(status, what it means, arrays, launches)``. An argument is an integer, a float, None for a null pointer, or the bytes
+of an array, which the answer has as the kernel left them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from typing import BinaryIO
 
 Argument = int | float | bytes | None
-Answer = tuple[int, str, list[bytes]]
+Answer = tuple[int, str, list[bytes], int]
 
 
 def call(library: ctypes.CDLL, function: str, order: int, arguments: list[Argument]) -> Answer:
@@ -40,7 +40,8 @@ def call(library: ctypes.CDLL, function: str, order: int, arguments: list[Argume
         library.worker_read(result, pointer, ctypes.c_size_t(size))
         results.append(result.raw)
     library.worker_release()
-    return status, meaning(library, status), results
+    launches = library.worker_launches() if hasattr(library, "worker_launches") else -1  # a GPU does not count
+    return status, meaning(library, status), results, launches
 
 
 def meaning(library: ctypes.CDLL, status: int) -> str:

@@ -22,6 +22,7 @@ namespace cusim {
 
 Thread* current;
 uint3 block_index;
+int64_t launches = 0;
 dim3 block_size, grid_size;
 
 namespace {
@@ -228,6 +229,7 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(cons
   std::iota(blocks.begin(), blocks.end(), 0);
   if (order == 1) std::reverse(blocks.begin(), blocks.end());
   if (order > 1) std::shuffle(blocks.begin(), blocks.end(), random_numbers);
+  ++launches;
   race::begin_launch();
   for (size_t number : blocks) run_block(number, shared_bytes);
   return cudaSuccess;

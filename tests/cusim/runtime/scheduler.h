@@ -27,6 +27,9 @@ extern dim3 block_size, grid_size;
 // backwards; larger numbers: random, with that seed.
 void set_order(unsigned order);
 
+// Launches, copies and fills so far.
+extern int64_t launches;
+
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context);
 
 enum class Count { none, sum, all, any };

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <utility>
 
 #include "memory.h"
 #include "race_check.h"
@@ -15,15 +16,19 @@ void worker_write(void* to, const void* from, size_t bytes) { std::memcpy(to, fr
 void worker_read(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 void worker_set_order(unsigned order) { cusim::set_order(order); }
 int worker_wait() { return 0; }
+// Launches, copies and fills since the last call.
+int64_t worker_launches() { return std::exchange(cusim::launches, 0); }
 void worker_release() { cusim::global_memory().clear(); }
 
 // The part of the CUDA runtime that launchers use.
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  ++cusim::launches;
   cusim::race::begin_launch();
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  ++cusim::launches;
   cusim::race::begin_launch();
   std::memcpy(to, from, bytes);
   return cudaSuccess;

@@ -1,0 +1,60 @@
+#include "unit_rows/unit_rows.h"
+
+#include <cmath>
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/row_kernels.h"
+#include "common/cpu/rows.h"
+#include "common/tensor.h"
+
+namespace pixcontrast {
+namespace {
+
+template <class T>
+void run(const UnitRows<T>& args, const Cpu&) {
+  using A = Acc<T>;
+  const auto& kernels = cpu::row_kernels<A>();
+  cpu::Pieces(args.rows, args.rows, 64).run([&](int64_t, int64_t first, int64_t last) {
+    cpu::RowBuffer<T> in(args.dim), out(args.dim);
+    for (int64_t i = first; i < last; ++i) {
+      const A* const x = in.read(args.from + i * args.dim);
+      A square, same;
+      kernels.square_and_dot(x, x, args.dim, &square, &same);
+      const A norm = std::sqrt(square), scale = norm < A(kNormFloor) ? A(0) : A(1) / norm;
+      T* const to = args.to + i * args.dim;
+      kernels.combine(A(0), x, scale, x, args.dim, false, out.target(to), A(0), nullptr);
+      out.write(to);
+    }
+  });
+}
+
+#ifdef PIXCONTRAST_WITH_CUDA
+template <class T>
+void run(const UnitRows<T>& args, const Cuda& device) {
+  C10_CUDA_CHECK(unit_rows_cuda(args, device.stream));
+}
+#endif
+
+template <class Device>
+Tensor unit_rows(const Tensor& rows_) {
+  TORCH_CHECK_VALUE(rows_.dim() == 2, "rows must be [P, D], got ", rows_.sizes());
+  const auto rows = rows_.contiguous(), result = empty_map(rows.sizes(), rows.options());
+  Device::dispatch(rows, "unit_rows", [&](auto element, const auto& device) {
+    using T = decltype(element);
+    run(UnitRows<T>{rows.size(0), rows.size(1), read<T>(rows), write<T>(result)}, device);
+  });
+  return result;
+}
+
+template <class Device>
+void implement(torch::Library& library) {
+  library.impl("unit_rows", &unit_rows<Device>);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pixcontrast, library) { library.def("unit_rows(Tensor rows) -> Tensor"); }
+
+PIXCONTRAST_IMPLEMENT(implement)
+
+}  // namespace pixcontrast
