@@ -256,9 +256,9 @@ class ClassMemory(nn.Module):
         """Rows ``[C, K]`` of :meth:`choose`."""
         if quota is None or images is None:
             num_images, group = 1, labels
-        else:  # class-major; -1 where the image is none, and out of range where the label is none
-            group = labels.clamp(-1, self.num_classes) * num_images + images
-            group = torch.where(images == images.clamp(0, num_images - 1), group, -1)
+        else:  # class-major; out of range where the label is none, -1 where the image is none
+            group = torch.add(images, labels.clamp(-1, self.num_classes), alpha=num_images)
+            group.masked_fill_(images != images.clamp(0, num_images - 1), -1)
         segments = class_order(group, self.num_classes * num_images, backend)
         width = self._width(quota, num_images, labels.numel())
         scores = None if scores is None else scores.reshape(-1)
