@@ -268,6 +268,14 @@ def test_wrong_arguments_of_sorted_rows_are_named(rows, classes: int, scores, me
         ClassMemory(3, 4, 2).push_sorted(rows, class_order(NONE, classes), scores)
 
 
+def test_wrong_index_to_write_is_named() -> None:
+    memory = ClassMemory(3, 4, 2)
+    with pytest.raises(ValueError, match=r"write: index must have shape \(3, 1\), got \(4, 1\)"):
+        memory.write(torch.randn(4, 2), NONE[:, None])
+    with pytest.raises(TypeError, match=r"write: index must be int64, got torch.int32"):
+        memory.write(torch.randn(4, 2), NONE[:3, None].int())
+
+
 def test_wrong_sizes_are_named() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         ClassMemory(3, 0, 2)
