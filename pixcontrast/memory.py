@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .checks import check_float, check_int64, check_like, check_range
 from .distributed import mean_over_ranks, world_size
-from .functional import memory_mean
+from .functional import gather_pixels, memory_mean
 from .memory_push import best_rows, memory_write
 from .segments import Segments, class_order
 from .select import labels_at
@@ -37,7 +37,8 @@ class ClassMemory(nn.Module):
         counts: ``[C]`` int64, valid rows of each class.
         cursors: ``[C]`` int64, where the next row of each class goes.
         rejected: scalar int64, not part of ``state_dict``: rows that were not stored because their score or their norm
-            is not finite, since the module was made or cleared.
+            is not finite, since the module was made or cleared. With ``sync="gather"``, scores count on their own rank
+            and norms on every rank.
     """
 
     rows: Tensor
@@ -228,12 +229,18 @@ class ClassMemory(nn.Module):
                 in ``rejected``.
             index: ``[C, K]`` int64, rows (or pixels) for each class, best first; -1 for none.
             backend: ``"auto"``, ``"extension"`` or ``"reference"``.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices that do not fit, named.
         """
+        self._check_rows("write", rows)
+        check_int64("ClassMemory.write: index", index)
+        check_like("ClassMemory.write: index", index, (self.num_classes, index.shape[-1]), self.rows.device)
         memory = self.rows, self.counts, self.cursors, self.rejected
         if not self._gathers():
             memory_write(*memory, rows, index, backend=backend)
             return
-        chosen = _take(rows, index.reshape(-1))
+        chosen = gather_pixels(rows, index.reshape(-1), backend)
         own = torch.arange(index.numel(), device=index.device).view_as(index)  # where the chosen rows stand
         own = torch.where(index >= 0, own, -1)
         world = dist.get_world_size()
@@ -256,9 +263,9 @@ class ClassMemory(nn.Module):
         """Rows ``[C, K]`` of :meth:`choose`."""
         if quota is None or images is None:
             num_images, group = 1, labels
-        else:  # class-major; -1 where the image is none, and out of range where the label is none
-            group = labels.clamp(-1, self.num_classes) * num_images + images
-            group = torch.where(images == images.clamp(0, num_images - 1), group, -1)
+        else:  # class-major; out of range where the label is none, -1 where the image is none
+            group = torch.add(images, labels.clamp(-1, self.num_classes), alpha=num_images)
+            group.masked_fill_(images != images.clamp(0, num_images - 1), -1)
         segments = class_order(group, self.num_classes * num_images, backend)
         width = self._width(quota, num_images, labels.numel())
         scores = None if scores is None else scores.reshape(-1)
@@ -269,7 +276,7 @@ class ClassMemory(nn.Module):
         width = self.capacity if quota is None else min(self.capacity, quota * num_images)
         return width if self._gathers() else min(width, total)  # other ranks may have more rows
 
-    def _check_rows(self, where: str, rows: Tensor, quota: int | None, num_images: int) -> None:
+    def _check_rows(self, where: str, rows: Tensor, quota: int | None = None, num_images: int = 1) -> None:
         if rows.dim() not in (2, 4) or rows.shape[1] != self.dim:
             raise ValueError(
                 f"ClassMemory.{where}: rows must be [P, {self.dim}] or [B, {self.dim}, h, w], got {tuple(rows.shape)}"
@@ -280,14 +287,3 @@ class ClassMemory(nn.Module):
             raise ValueError(f"ClassMemory.{where}: quota must be at least 1 or None, got {quota}")
         if num_images < 1:
             raise ValueError(f"ClassMemory.{where}: num_images must be at least 1, got {num_images}")
-
-
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index [K]`` of ``[P, D]`` or of the pixels of ``[B, D, h, w]``: ``[K, D]``; anything for -1."""
-    if rows.numel() == 0:
-        return rows.new_zeros(len(index), rows.shape[1])
-    index = index.clamp_min(0)
-    if rows.dim() == 2:
-        return rows[index]
-    pixels = rows.shape[2] * rows.shape[3]
-    return rows.flatten(2)[index // pixels, :, index % pixels]

@@ -9,8 +9,10 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixcontrast import ClassMemory
+from pixcontrast import ClassMemory, ops
 from pixcontrast.reference import unit_rows
 from pixcontrast.segments import class_order
 
@@ -186,6 +188,43 @@ def test_push_has_no_shape_that_depends_on_the_data() -> None:
     assert torch.equal(memory.rows, expected.rows) and torch.equal(memory.cursors, expected.cursors)
 
 
+@pytest.mark.parametrize("image", [-1, 2, -(2**62), 2**62])
+def test_rows_of_no_image_are_left_out_where_checking_would_wait(monkeypatch: pytest.MonkeyPatch, image: int) -> None:
+    monkeypatch.setattr("pixcontrast.memory.check_range", lambda *arguments: None)  # as on CUDA
+    memory = ClassMemory(3, 4, 2)
+    labels, images = torch.tensor([1, 1, 2**62, -(2**62)]), torch.tensor([0, image, 0, 1])
+    memory.push(torch.ones(4, 2), labels, None, 1, images, 2)
+    assert memory.counts.tolist() == [0, 1, 0]
+
+
+class DeviceNodes(TorchDispatchMode):
+    """Lists the operators that launch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.namespace != "prim":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_images", [1, 4])
+def test_a_push_is_a_few_device_nodes(monkeypatch: pytest.MonkeyPatch, num_images: int) -> None:
+    monkeypatch.setattr(ops, "missing_kernel", lambda device, dtype: None)
+    with FakeTensorMode(), torch.device("cuda"):
+        memory = ClassMemory(19, 256, 64)
+        rows, scores, labels = torch.randn(4000, 64), torch.rand(4000), torch.zeros(4000, dtype=torch.int64)
+        segments = class_order(labels, 19 * num_images)
+        with DeviceNodes() as nodes:
+            memory.push_sorted(rows, segments, scores, 3, num_images)
+        assert "pixcontrast::memory_write" in nodes.names and len(nodes.names) <= (2 if num_images == 1 else 5)
+        with DeviceNodes() as nodes:
+            memory.push(rows, labels, scores, 3, torch.zeros_like(labels), num_images)
+        assert len(nodes.names) <= 12  # class_order is three launches
+
+
 NONE = torch.zeros(4, dtype=torch.int64)
 
 
@@ -227,6 +266,14 @@ def test_wrong_arguments_are_named(change: dict, error: type[Exception], message
 def test_wrong_arguments_of_sorted_rows_are_named(rows, classes: int, scores, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassMemory(3, 4, 2).push_sorted(rows, class_order(NONE, classes), scores)
+
+
+def test_wrong_index_to_write_is_named() -> None:
+    memory = ClassMemory(3, 4, 2)
+    with pytest.raises(ValueError, match=r"write: index must have shape \(3, 1\), got \(4, 1\)"):
+        memory.write(torch.randn(4, 2), NONE[:, None])
+    with pytest.raises(TypeError, match=r"write: index must be int64, got torch.int32"):
+        memory.write(torch.randn(4, 2), NONE[:3, None].int())
 
 
 def test_wrong_sizes_are_named() -> None:

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from memory_push_cases import TopkCase, WriteCase, make_topk, make_write, topk_by_loops, write_by_loops
+from on_device import DEVICES, without_waiting
 from torch import Tensor
 
 from pixcontrast import ops
@@ -17,19 +18,29 @@ BACKENDS = ["extension", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def check_topk(case: TopkCase, backend: str) -> None:
-    rejected = torch.tensor(5)
-    index = segment_topk(*case, rejected=rejected, backend=backend)
+def check_topk(case: TopkCase, backend: str, device: str = "cpu") -> None:
+    rejected = torch.tensor(5, device=device)
+    moved = [value.to(device) if isinstance(value, Tensor) else value for value in case]
+    with without_waiting(device):
+        index = segment_topk(*moved, rejected=rejected, backend=backend)
     expected, not_finite = topk_by_loops(*case)
     assert index.dtype == torch.int64 and index.tolist() == expected
     assert rejected == 5 + not_finite
-    assert segment_topk(*case, backend=backend).tolist() == expected
+    assert segment_topk(*moved, backend=backend).tolist() == expected
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(60))
-def test_topk_agrees_with_loops(seed: int, backend: str) -> None:
-    check_topk(make_topk(seed), backend)
+def test_topk_agrees_with_loops(seed: int, backend: str, device: str) -> None:
+    check_topk(make_topk(seed), backend, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [1, 64, 3000])
+def test_topk_of_many_scores(k: int, device: str) -> None:
+    scores, order = torch.randn(150_000), torch.randperm(150_000)
+    check_topk(TopkCase(scores, order, torch.tensor([0, 131_072]), torch.tensor([131_072, 9]), k), "extension", device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,11 +68,15 @@ def test_topk_of_nothing(segments: int, rows: int, k: int, backend: str) -> None
             assert index.tolist() == [[-1] * k] * segments
 
 
-def check_write(case: WriteCase, backend: str) -> None:
+def check_write(case: WriteCase, backend: str, device: str = "cpu") -> None:
     expected = write_by_loops(case)
     plain = case.copy()
     memory_write(*plain, backend="reference")
-    memory_write(*case, backend=backend)
+    moved = [value.to(device) for value in case]
+    with without_waiting(device):
+        memory_write(*moved, backend=backend)
+    for value, result in zip(case, moved, strict=True):
+        value.copy_(result)
     for name in ("counts", "cursors", "rejected"):
         assert torch.equal(getattr(case, name), getattr(expected, name)), name
     assert case.rows.isfinite().all()
@@ -71,11 +86,13 @@ def check_write(case: WriteCase, backend: str) -> None:
     assert torch.equal(case.rows[untouched], case.before[untouched])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(40))
-def test_write_agrees_with_loops(seed: int, backend: str) -> None:
-    case = make_write(seed, random.Random(seed).choice(DTYPES), random.Random(seed + 1).choice(DTYPES))
-    check_write(case, backend)
+def test_write_agrees_with_loops(seed: int, backend: str, device: str) -> None:
+    dtypes = DTYPES if device == "cpu" else DTYPES[:3]
+    case = make_write(seed, random.Random(seed).choice(dtypes), random.Random(seed + 1).choice(dtypes))
+    check_write(case, backend, device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
