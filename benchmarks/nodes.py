@@ -146,7 +146,11 @@ def table(counters: dict[str, NodeCounter]) -> str:
 
 
 if __name__ == "__main__":
-    kinds = {"float32": {}, "bfloat16 autocast": {"autocast": True}, "released, float32": {"variant": "released"}}
+    kinds: dict[str, dict[str, Any]] = {
+        "float32": {},
+        "bfloat16 autocast": {"autocast": True},
+        "released, float32": {"variant": "released"},
+    }
     counted = {name: count_step(**options) for name, options in kinds.items()}
     print(table(counted))
     for (part, name), count in sorted(counted["float32"].nodes.items()):

@@ -167,7 +167,7 @@ def use_backend(branch: ContrastBranch, backend: str) -> None:
     """Run all of ``branch`` on this backend."""
     for module in branch.modules():
         if hasattr(module, "backend"):
-            module.backend = backend
+            setattr(module, "backend", backend)  # noqa: B010 - modules have no such attribute by type
 
 
 def _contender(loss: Callable[[Selectors], Tensor]) -> Contender:

@@ -6,6 +6,7 @@ contrast with the memory, the loss.
 
 from . import functional
 from .branch import ContrastBranch
+from .graphed import GraphedBranch
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
 from .memory import ClassMemory
@@ -17,6 +18,7 @@ __all__ = [
     "ClassSelectors",
     "ContrastBranch",
     "ContrastStats",
+    "GraphedBranch",
     "InfoNCEStats",
     "MLPHead",
     "PixelContrastLoss",

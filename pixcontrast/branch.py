@@ -170,8 +170,8 @@ class ContrastBranch(nn.Module):
             flat, chance = label.reshape(-1), torch.rand(label.numel(), device=label.device, generator=generator)
             image = images.expand_as(label).reshape(-1)
             picked = self.memory.choose(flat, chance, self.quota, image, batch, backend=self.backend)[0]
-            classes = torch.arange(self.num_classes, device=label.device)[:, None]
-            rows, segments = heads._project_some(features, picked, torch.where(picked >= 0, classes, -1))
+            class_of = torch.arange(self.num_classes, device=label.device)[:, None]
+            rows, segments = heads._project_some(features, picked, torch.where(picked >= 0, class_of, -1))
             self.memory.push_sorted(rows, segments, backend=self.backend)
             return
         if self.variant == "released":
@@ -188,7 +188,9 @@ class ContrastBranch(nn.Module):
             quota, images_of_class = self.quota, batch
         scores = heads.select_features(heads.selector_input(ranked), classes.start, classes.count)
         scores = -scores if self.variant == "released" else scores
-        self.memory.push_sorted(rows, segments, scores, quota, images_of_class, backend=self.backend)
+        self.memory.push_sorted(
+            rows, segments._replace(order=None), scores, quota, images_of_class, backend=self.backend
+        )
 
     def _good(self, features: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
         """Labels ``[B, h, w]`` of the pixels that are good enough to be remembered, -1 elsewhere."""

@@ -86,7 +86,9 @@ class GraphedBranch(nn.Module):
             self._graph.replay()
 
     def _remember(self) -> None:
-        self.branch.remember(**self._remembered.tensors, teacher=self._teacher[0])
+        features, logits, labels = (self._remembered.tensors[name] for name in ("features", "logits", "labels"))
+        assert features is not None and labels is not None
+        self.branch.remember(features, logits, labels, teacher=self._teacher[0])
 
     def _capture(self, warmup: int) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()

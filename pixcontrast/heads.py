@@ -47,9 +47,16 @@ class MLPHead(nn.Module):
             order, total = None, torch.full((1,), len(hidden), dtype=torch.int64, device=hidden.device)
         else:
             order, total = segments.order, segments.total
-        norm, last = _norm_of(self.norm), self.last
-        rows = {"order": order, "count": total, "backend": self.backend}
-        return norm_linear(hidden, self.first.bias, norm, last.weight, last.bias, **rows)
+        return norm_linear(
+            hidden,
+            self.first.bias,
+            _norm_of(self.norm),
+            self.last.weight,
+            self.last.bias,
+            order=order,
+            count=total,
+            backend=self.backend,
+        )
 
 
 class ClassSelectors(nn.Module):
@@ -91,9 +98,17 @@ class ClassSelectors(nn.Module):
         hidden = grouped_linear(in_autocast(rows), in_autocast(self.weight1), start, count, self.backend)
         statistics = (self.norm_weight, self.norm_bias, self.running_mean, self.running_var, None)
         norm = Norm(*statistics, self.training, self.momentum, self.eps)
-        layer = (self.weight2[:, None], self.bias2)
-        rows_of = {"start": start, "count": count, "backend": self.backend}
-        return norm_linear(hidden, self.bias1, norm, *layer, slope=0.2, **rows_of)
+        return norm_linear(
+            hidden,
+            self.bias1,
+            norm,
+            self.weight2[:, None],
+            self.bias2,
+            start=start,
+            count=count,
+            slope=0.2,
+            backend=self.backend,
+        )
 
 
 def _norm_of(norm: nn.BatchNorm1d) -> Norm:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from on_device import needs_gpu
 from test_cuda import a_branch, a_branch_batch, step
+from test_graphed import check_steps
 
 from benchmarks.graphs import capture
 
@@ -32,3 +33,9 @@ def test_the_whole_branch_fits_one_cuda_graph(objective: str) -> None:
     assert all(loss.isfinite() for loss in losses)
     if objective == "positive":  # no random choice: the steps after those
         torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_steps_of_a_graphed_branch_are_those_of_the_branch() -> None:
+    check_steps("cuda")

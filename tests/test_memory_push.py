@@ -175,7 +175,7 @@ def call_topk(**changed: object) -> Tensor:
         ({"scores": torch.rand(7).half()}, TypeError, "scores must be float32 .*got Half"),
         ({"scores": torch.arange(7)}, TypeError, "Long"),
         ({"order": torch.zeros(7)}, TypeError, "order must be Long, got Float"),
-        ({"count": torch.tensor([3])}, ValueError, r"count must be \[2\], got \[1\]"),
+        ({"count": torch.tensor([3])}, ValueError, r"start must be \[1\], got \[2\]"),
         ({"count": torch.tensor([3, 5])}, ValueError, "segments must ascend within 0..7, got 3 and 5 for class 1"),
         ({"k": -1}, ValueError, "k must not be negative, got -1"),
         ({"rejected": torch.zeros(())}, TypeError, "rejected must be Long, got Float"),

