@@ -31,6 +31,7 @@ def test_a_build_with_nvcc_has_a_cuda_kernel_of_every_operator_and_loads_without
         assert nvcc() is None or not (CUDA_HOME / "include" / "cuda_runtime.h").exists(), "rebuild: nvcc is there"
         pytest.skip("no nvcc")
     named = ("class_mean", "class_mean_backward", "positive", "infonce", "project", "project_backward", "scale_")
+    named += ("labels_at", "class_order", "gather_pixels", "scatter_pixels")
     for name in (*named, "grouped_linear_cuda", "grouped_outer_cuda"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pixcontrast::{name}", "CUDA"), name
     assert f"with CUDA {torch.version.cuda} kernels" in env.report()["extension"]

@@ -53,7 +53,7 @@ struct Plan {
   PIXCONTRAST_HOST_DEVICE int64_t total() const { return buckets * splits; }
 };
 
-// The sum of x over the threads before this one, and in `sum` over all; needs shared memory for a number of each warp.
+// The sum of x over the threads before this one, and in `sum` over all. `warp_sums` has an element for each warp.
 template <int kBlockThreads>
 __device__ __forceinline__ int block_scan(int x, int* warp_sums, int* sum) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

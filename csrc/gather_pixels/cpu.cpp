@@ -1,5 +1,6 @@
 // Rows are taken in the order of their pixels, so that each channel plane of a map is walked through once, front to
-// back. A task has some of the pixels and some of the channels, and nothing in common with another one.
+// back, and a tile of maps passes through a buffer in the cache, because elements of a plane go to rows far apart. A
+// task has some of the pixels and some of the channels, and nothing in common with another one.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -36,24 +37,18 @@ std::vector<Run> runs_of(const GatherPixels<T>& args) {
   return runs;
 }
 
-// Calls body(run, first channel, last) for all runs and channels.
+// Calls body(runs, how many, first channel, how many) for tiles that make up all runs and channels.
 template <class T, class Body>
-void for_runs(const GatherPixels<T>& args, const Body& body) {
+void for_tiles(const GatherPixels<T>& args, const Body& body) {
   const auto runs = runs_of(args);
   const int64_t dim = args.layout.dim, width = args.layout.map_pixels ? std::min(kTileChannels, dim) : dim;
   if (runs.empty() || dim == 0) return;
   const int64_t count = static_cast<int64_t>(runs.size()), tiles = (count + kTilePixels - 1) / kTilePixels;
-  at::parallel_for(0, (dim + width - 1) / width * tiles, 1, [&](int64_t begin, int64_t end) {
+  const int64_t widths = (dim + width - 1) / width;  // neighbouring tasks share rows
+  at::parallel_for(0, tiles * widths, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % tiles * kTilePixels, last = std::min(first + kTilePixels, count);
-      const int64_t channel = task / tiles * width, channels_end = std::min(channel + width, dim);
-      if (args.layout.map_pixels == 0) {
-        for (int64_t i = first; i < last; ++i) body(runs[i], channel, channels_end);
-        continue;
-      }
-      for (int64_t d = channel; d < channels_end; ++d) {
-        for (int64_t i = first; i < last; ++i) body(runs[i], d, d + 1);
-      }
+      const int64_t first = task / widths * kTilePixels, channel = task % widths * width;
+      body(runs.data() + first, std::min(kTilePixels, count - first), channel, std::min(width, dim - channel));
     }
   });
 }
@@ -62,34 +57,54 @@ void for_runs(const GatherPixels<T>& args, const Body& body) {
 
 template <class T>
 void gather_pixels_cpu(const GatherPixels<T>& args) {
-  const int64_t dim = args.layout.dim, stride = args.layout.channel_stride();
+  const int64_t dim = args.layout.dim, stride = args.layout.map_pixels;
   for (int64_t row = 0; row < args.count; ++row) {
     if (!args.has_pixel(row)) std::fill_n(args.to + row * dim, dim, T(0));
   }
-  for_runs(args, [&](const Run& run, int64_t channel, int64_t end) {
-    for (int64_t i = run.first; i < run.last; ++i) {
-      T* const row = args.to + args.order[i] * dim;
-      for (int64_t d = channel; d < end; ++d) row[d] = args.from[run.offset + d * stride];
+  for_tiles(args, [&](const Run* runs, int64_t count, int64_t channel, int64_t channels) {
+    const auto to_rows = [&](const Run& run, const T* pixel, int64_t pixel_stride) {
+      for (int64_t i = run.first; i < run.last; ++i) {
+        T* const row = args.to + args.order[i] * dim + channel;
+        for (int64_t d = 0; d < channels; ++d) row[d] = pixel[d * pixel_stride];
+      }
+    };
+    if (stride == 0) {
+      for (int64_t i = 0; i < count; ++i) to_rows(runs[i], args.from + runs[i].offset, 1);
+      return;
     }
+    T buffer[kTileChannels * kTilePixels];
+    for (int64_t d = 0; d < channels; ++d) {
+      const T* const plane = args.from + (channel + d) * stride;
+      for (int64_t i = 0; i < count; ++i) buffer[d * kTilePixels + i] = plane[runs[i].offset];
+    }
+    for (int64_t i = 0; i < count; ++i) to_rows(runs[i], buffer + i, kTilePixels);
   });
 }
 
 template <class T>
 void scatter_pixels_cpu(const GatherPixels<T>& args) {
-  const int64_t dim = args.layout.dim, stride = args.layout.channel_stride();
+  const int64_t dim = args.layout.dim, stride = args.layout.map_pixels;
   at::parallel_for(0, args.layout.pixels * dim, 1 << 15,
                    [&](int64_t begin, int64_t end) { std::fill(args.to + begin, args.to + end, T(0)); });
-  for_runs(args, [&](const Run& run, int64_t channel, int64_t end) {
-    const T* const row = args.from + args.order[run.first] * dim;
-    T* const pixel = args.to + run.offset;
-    if (run.last - run.first == 1) {
-      for (int64_t d = channel; d < end; ++d) pixel[d * stride] = row[d];
+  for_tiles(args, [&](const Run* runs, int64_t count, int64_t channel, int64_t channels) {
+    const auto sum_rows = [&](const Run& run, T* pixel, int64_t pixel_stride) {
+      const auto row = [&](int64_t i) { return args.from + args.order[i] * dim + channel; };
+      const T* const first = row(run.first);
+      for (int64_t d = 0; d < channels; ++d) {
+        Acc<T> sum = first[d];
+        for (int64_t i = run.first + 1; i < run.last; ++i) sum += static_cast<Acc<T>>(row(i)[d]);
+        pixel[d * pixel_stride] = static_cast<T>(sum);
+      }
+    };
+    if (stride == 0) {
+      for (int64_t i = 0; i < count; ++i) sum_rows(runs[i], args.to + runs[i].offset, 1);
       return;
     }
-    for (int64_t d = channel; d < end; ++d) {
-      Acc<T> sum = row[d];
-      for (int64_t i = run.first + 1; i < run.last; ++i) sum += static_cast<Acc<T>>(args.from[args.order[i] * dim + d]);
-      pixel[d * stride] = static_cast<T>(sum);
+    T buffer[kTileChannels * kTilePixels];
+    for (int64_t i = 0; i < count; ++i) sum_rows(runs[i], buffer + i, kTilePixels);
+    for (int64_t d = 0; d < channels; ++d) {
+      T* const plane = args.to + (channel + d) * stride;
+      for (int64_t i = 0; i < count; ++i) plane[runs[i].offset] = buffer[d * kTilePixels + i];
     }
   });
 }

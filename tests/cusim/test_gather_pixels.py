@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cusim.build import BUILDS
 from cusim.kernels import WAYS, Kernels, Way
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,14 +73,14 @@ def test_every_build_and_order(room: Kernels, way: Way, dtype: torch.dtype, form
     check(room, way, Case(70, 40, dtype, form))
 
 
-@pytest.mark.parametrize("build", ["plain", "asan", "race"])
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dim", [1, 31, 32, 33, 129, 720])
 def test_widths(room: Kernels, dim: int, form: str, build: str) -> None:
     check(room, Way(build, 0), Case(20, dim, torch.float32, form))
 
 
-@pytest.mark.parametrize("build", ["plain", "asan", "race"])
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 31, 32, 33, 300])
 def test_numbers_of_rows(room: Kernels, rows: int, form: str, build: str) -> None:
