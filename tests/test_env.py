@@ -32,6 +32,7 @@ def test_a_build_with_nvcc_has_a_cuda_kernel_of_every_operator_and_loads_without
         pytest.skip("no nvcc")
     named = ("class_mean", "class_mean_backward", "positive", "infonce", "project", "project_backward", "scale_")
     named += ("labels_at", "class_order", "gather_pixels", "scatter_pixels")
+    named += ("segment_topk", "memory_write")
     for name in (*named, "grouped_linear_cuda", "grouped_outer_cuda"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pixcontrast::{name}", "CUDA"), name
     assert f"with CUDA {torch.version.cuda} kernels" in env.report()["extension"]
