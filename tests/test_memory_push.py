@@ -59,6 +59,13 @@ def test_topk_takes_zeros_of_both_signs_for_equal(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_topk_of_strided_inputs(backend: str) -> None:
+    scores, order = torch.rand(40)[::2], torch.randperm(20).repeat_interleave(2)[::2]
+    start, count = torch.tensor([[0, 4], [7, 9]]).unbind(1)  # segments 0..3 and 7..15
+    check_topk(TopkCase(scores, order, start, count, 3), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("segments", "rows", "k"), [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
 def test_topk_of_nothing(segments: int, rows: int, k: int, backend: str) -> None:
     nothing = torch.zeros(segments, dtype=torch.int64)

@@ -57,7 +57,9 @@ def test_launches_are_those_that_are_counted(kernels: Callable[..., Kernels]) ->
 
     room = kernels("memory_push")
     assert set(of(room, lambda: test_memory_push.check_topk(room, PLAIN, make_topk(2)))) == {LAUNCHES["segment_topk"]}
-    assert set(of(room, lambda: test_memory_push.check_write(room, PLAIN, make_write(2)))) == {LAUNCHES["memory_write"]}
+    assert set(
+        of(room, lambda: test_memory_push.check_write(room, PLAIN, make_write(2, torch.float32, torch.float32)))
+    ) == {LAUNCHES["memory_write"]}
 
     room = kernels("grouped_linear")
     rows, weight, count = torch.randn(15, 8), torch.randn(3, 4, 8), torch.tensor([3, 0, 5])
