@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -153,8 +154,20 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line; those of the process unless given.
 
     Returns:
-        exit status: 0, 2 for bad input, 130 after an interrupt.
+        exit status: 0, 2 for bad input, 128 + number of the signal after an interrupt or where nobody reads the output.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: list[str] | None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name not in COMMANDS:
         asked = name in ("-h", "--help")
@@ -177,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
-        return 130
+        return stop.status
     except KeyboardInterrupt:
         print("interrupted before the training began, or twice: nothing more was saved", file=sys.stderr)
         return 130

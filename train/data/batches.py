@@ -141,8 +141,9 @@ class _Crops(Dataset[Any]):
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C in the loader processes: the last step still needs their batches."""
+    """Ignore signals to all processes of a program: the last step still needs the batches of the loader processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[Any]) -> Batch | UserError:

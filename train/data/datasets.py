@@ -52,3 +52,17 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     if name == "folder":
         return open_folder(root, split)
     return PUBLISHED[name](root, split, scale)
+
+
+def check_overlap(train: SegmentationDataset, validation: SegmentationDataset) -> None:
+    """Refuse images that are in both splits.
+
+    Raises:
+        UserError: naming how many there are, and the first.
+    """
+    files = {image for image, _ in train.pairs.values()}
+    if both := [image for image, _ in map(validation.pairs.__getitem__, validation.ids) if image in files]:
+        raise UserError(
+            f"{len(both)} images are in {train.source} and in {validation.source}, as is {both[0]}: scores on trained "
+            f"images mean nothing; remove them from one split"
+        )

@@ -13,6 +13,7 @@ from typing import Literal
 
 import tyro
 
+from train.checkpoint import CHECKPOINT
 from train.config import FitConfig, parse_fit
 from train.data.datasets import open_dataset
 from train.distributed import choose_device
@@ -21,7 +22,6 @@ from train.evaluate import evaluate_checkpoint
 from train.logs import finished
 from train.loop import fit
 from train.scores import Scores, markdown_table
-from train.session import CHECKPOINT
 from train.studies.recipe import short_recipe
 
 Part = Literal["supervised", "pseudo", "contrast", "released", "all-labels"]
