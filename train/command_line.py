@@ -107,6 +107,13 @@ def make_data(arguments: list[str]) -> str:
     return f"generated {make_scenes(config.kind, root, config.train, config.val, seed=config.seed)}"
 
 
+def check(arguments: list[str]) -> str:
+    """Read every image and label of a data set, and print a line for each problem."""
+    from train.data import check as module
+
+    return module.check(_parse(module.CheckConfig, "check", arguments))
+
+
 def reproduce(arguments: list[str]) -> str:
     """Train the rows of a table on each split, and compare with the printed numbers."""
     from train.paper import reproduce as module
@@ -138,6 +145,7 @@ COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "demo": demo,
     "rows": rows,
     "make-data": make_data,
+    "check": check,
     "reproduce": reproduce,
     "figures": figures,
     "ablation": ablation,

@@ -93,27 +93,26 @@ def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> di
             start = time.perf_counter()
             losses = training_step(training, *next(batches))
             last = training.step == steps
-            interrupted = any_rank(bool(interrupts)) and not last
             logs, evaluates, saves = (
                 last or training.step % every == 0
                 for every in (run.log_every, run.evaluate_every, run.checkpoint_every)
             )
-            saves |= interrupted
             numbers: dict[str, float] = {}
             if logs:
                 numbers |= log_numbers(training, losses, classes)
                 numbers["time/step_seconds"] = time.perf_counter() - start
                 miou = f", mIoU {100 * scores['student'].miou:.1f}" if scores else ""
                 progress.set_postfix_str(f"loss {numbers['loss/total']:.3f}{miou}", refresh=False)
-            finite = math.isfinite(numbers.get("loss/total", 0.0))
-            if not finite or ((evaluates or saves) and not is_finite(training, losses)):
-                raise UserError(_how_to_go_on(session, saved))
+            if evaluates or not math.isfinite(numbers.get("loss/total", 0.0)):
+                check_finite(session, losses, saved)
             if evaluates:
                 scores = evaluate_all(session)
                 numbers |= score_numbers(scores) | select(session, selection, scores["student"])
             if numbers and log is not None:
                 log.write(training.step, numbers)
-            if saves:
+            interrupted = any_rank(bool(interrupts)) and not last
+            if saves or interrupted:
+                check_finite(session, losses, saved)
                 save_checkpoint(session.checkpoint, training, session.data)
                 saved = training.step
             progress.update()
@@ -126,21 +125,23 @@ def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> di
     return scores | best_logged(session)
 
 
-def is_finite(training: Training, losses: dict[str, Tensor]) -> bool:
-    """Whether the loss and all weights and statistics of both networks are finite on all ranks. Synchronises."""
-    states = (*training.learner.state_dict().values(), *training.teacher.state_dict().values())
-    return not any_rank(not torch.stack([t.isfinite().all() for t in (losses["total"], *states)]).all())
+def check_finite(session: Session, losses: dict[str, Tensor], saved: int) -> None:
+    """Refuse to go on with a loss, weights or statistics that are not finite. Synchronises with the device.
 
+    Args:
+        saved: step of the last checkpoint, 0 if there is none.
 
-def _how_to_go_on(session: Session, saved: int) -> str:
-    """The error for a loss or weights that are not finite, with the last checkpoint, of step ``saved``."""
-    kept = (
-        f"{session.checkpoint} is that of step {saved}; to go on from it, run the same command with "
-        f"--lr {session.training.config.optim.lr / 2:g} --change-lr, or another lower --lr"
-        if saved
-        else "nothing was saved; try a lower --lr"
-    )
-    return f"the loss or a weight is not finite after step {session.training.step}: {kept}"
+    Raises:
+        UserError: on all ranks, if on any of them a value is not finite.
+    """
+    t = session.training
+    states = (*t.learner.state_dict().values(), *t.teacher.state_dict().values())
+    if any_rank(not torch.stack([tensor.isfinite().all() for tensor in (losses["total"], *states)]).all()):
+        advice = "nothing was saved; try a lower --lr"
+        if saved:
+            advice = f"{session.checkpoint} is that of step {saved}; to go on from there, run the same command with "
+            advice += f"--lr {t.config.optim.lr / 2:g} --change-lr, or another lower --lr"
+        raise UserError(f"the loss or a weight is not finite after step {t.step}: {advice}")
 
 
 @contextmanager
@@ -151,7 +152,6 @@ def caught_interrupts() -> Iterator[list[int]]:
     and torchrun signals these again. Python can catch signals in the main thread only; in another, nothing changes.
     """
     caught: list[int] = []
-    previous: dict[int, Any] = {}
     first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -166,8 +166,7 @@ def caught_interrupts() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
+    previous: dict[int, Any] = {int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:

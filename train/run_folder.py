@@ -79,7 +79,7 @@ def replacing(path: Path, mode: str = "w", keep: Path | None = None) -> Iterator
         partial.unlink(missing_ok=True)
 
 
-def not_written(what: str, error: BaseException) -> UserError:
+def not_written(what: str, error: Exception) -> UserError:
     """The error for a file of a run that cannot be written; torch reports a full disk by an error of its own first."""
     cause = error.__context__ if isinstance(error.__context__, OSError) else error
     return UserError(f"{what} cannot be written ({reason(cause)}): free space or choose another --out")

@@ -54,15 +54,15 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     return PUBLISHED[name](root, split, scale)
 
 
-def check_overlap(train: SegmentationDataset, validation: SegmentationDataset) -> None:
-    """Refuse images that are in both splits.
+def check_overlap(first: SegmentationDataset, second: SegmentationDataset) -> None:
+    """Refuse two splits that have images in common.
 
     Raises:
-        UserError: naming how many there are, and the first.
+        UserError: naming how many, and one of them.
     """
-    files = {image for image, _ in train.pairs.values()}
-    if both := [image for image, _ in map(validation.pairs.__getitem__, validation.ids) if image in files]:
+    files = {image for image, _ in first.pairs.values()}
+    if both := sorted(image for image, _ in second.pairs.values() if image in files):
         raise UserError(
-            f"{len(both)} images are in {train.source} and in {validation.source}, as is {both[0]}: scores on trained "
-            f"images mean nothing; remove them from one split"
+            f"{first.source} and {second.source} have {len(both)} images in common, such as {both[0]}: "
+            f"a split must not have images of another one, remove them from one of the two"
         )
