@@ -114,12 +114,16 @@ def random_steps(config: FitConfig) -> Results:
 
 
 def interrupted_fit(config: FitConfig, step: int) -> int:
-    """Train while rank 1 gets a SIGINT in ``step``, then go on to the end; after how many steps it was interrupted."""
+    """Train while rank 1 gets a SIGTERM in ``step``, then go on to the end; after how many steps it was interrupted.
+
+    It comes twice, from the scheduler and from torchrun.
+    """
     original = train.loop.training_step
 
     def with_signal(t: Any, *batches: Any) -> Any:
         if t.step == step and rank() == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(t, *batches)
 
     train.loop.training_step = with_signal
