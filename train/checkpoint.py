@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +70,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise Unreadable(f"checkpoint {path} does not exist: give the last.pt of a run folder")
+    wrong = "it is truncated or of another kind"
     try:
         with open(path, "rb") as file:
             with zipfile.ZipFile(file) as archive:
-                record = archive.testzip()
+                if record := archive.testzip():
+                    wrong = f"its part {record} does not have its checksum"
+                    raise zipfile.BadZipFile
             file.seek(0)
-            content = None if record else torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({reason(error)})") from None
     except Exception:  # damaged and foreign files make zipfile and torch raise many kinds
-        record = "end or index"
-    if record:
         previous = path.with_name(PREVIOUS)
         other = f"; the one before is {previous}" if previous.is_file() and previous != path else ""
-        raise Unreadable(f"checkpoint {path} is damaged or of another kind (see its {record}). {KEEP}{other}")
+        raise Unreadable(f"checkpoint {path} is damaged: {wrong}. {KEEP}{other}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by this program. {KEEP}")
     if content.get("version") != VERSION:
@@ -97,21 +101,15 @@ def resume(path: Path, training: Training, data: dict[str, Any]) -> None:
     Raises:
         UserError: as :func:`read_checkpoint`; or the checkpoint is of another configuration or other data.
     """
-    previous, lost = path.with_name(PREVIOUS), False
+    last, previous = path, path.with_name(PREVIOUS)
     try:
         content = read_checkpoint(path)
     except Unreadable:
         if not previous.is_file():
             raise
-        lost = True
-    if any_rank(lost):
-        content = read_checkpoint(previous)
-        wait()  # until no rank reads the file that is renamed now
-        if rank() == 0:
-            kept = f"damaged, now {BROKEN}" if path.exists() else "missing"
-            if path.exists():
-                os.replace(path, path.with_name(BROKEN))
-            print(f"{path} is {kept}: going on from {previous}, step {content['training']['step']}", file=sys.stderr)
+        path = previous
+    if any_rank(path == previous):
+        path, content = previous, read_checkpoint(previous)
     # through FitConfig, so that options newer than the checkpoint have their defaults
     config = config_of(content, path)
     differing = differing_fields(to_plain(config), to_plain(training.config))
@@ -138,6 +136,13 @@ def resume(path: Path, training: Training, data: dict[str, Any]) -> None:
         ) from error
     for group in training.optimizer.param_groups:
         group["lr"] *= training.config.optim.lr / config.optim.lr
+    if path == previous and rank() == 0:
+        print(
+            f"{last} is missing, or damaged and now {BROKEN}: going on from {path}, step {training.step}",
+            file=sys.stderr,
+        )
+        with suppress(FileNotFoundError):
+            os.replace(last, last.with_name(BROKEN))
 
 
 def config_of(content: dict[str, Any], path: Path) -> FitConfig:

@@ -287,7 +287,7 @@ def _as_torchrun_starts_it(number: int, port: str, arguments: list[str], output:
 
 
 def test_torchrun_trains_stops_and_goes_on(tmp_path: Path, processes: BaseContext):
-    """On the built-in tiles. Ctrl-C reaches torchrun, which passes it on."""
+    """On the built-in tiles. The SIGTERM of a scheduler reaches torchrun, which passes it on, as it does Ctrl-C."""
     out = tmp_path / "run"
     arguments = ["fit", "--out", str(out), "--crop", "32", "--labelled-batch", "4", *TINY_OPTIONS]
     arguments += ["--memory-start", "0", "--contrast-start", "0", "--steps", "12", "--log-every", "1"]
@@ -301,7 +301,7 @@ def test_torchrun_trains_stops_and_goes_on(tmp_path: Path, processes: BaseContex
     while len(read_metrics(out)) < 2:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=300)
     steps = read_checkpoint(out / "last.pt")["training"]["step"]
     assert first.returncode != 0 and 2 <= steps < 12
