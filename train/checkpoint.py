@@ -27,6 +27,10 @@ CHECKPOINT, PREVIOUS, BROKEN = "last.pt", "previous.pt", "broken.pt"
 """Files of a run: its current state, the one before, and a damaged ``last.pt`` that was put aside."""
 
 
+class WrongArchive(Exception):
+    """The archive of a file does not have the bytes that were written, or too many."""
+
+
 class Unreadable(UserError):
     """There is no file, or it is truncated, or its bytes are not those that were written."""
 
@@ -61,6 +65,26 @@ def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> Non
     wait()
 
 
+def load_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote into a file: tensors, on the CPU, in plain containers; nothing else in it is run.
+
+    PyTorch itself does not look at the checksums (CRC-32) that it writes, and unpacks compressed parts of any size.
+
+    Raises:
+        WrongArchive: a checksum that is not right, or parts that are larger than the file.
+        Exception: of many kinds, for truncated and foreign files.
+    """
+    with open(path, "rb") as file:
+        if zipfile.is_zipfile(file):  # before PyTorch 1.6, files had another format
+            with zipfile.ZipFile(file) as archive:
+                if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                    raise WrongArchive("its parts are larger than the file")
+                if wrong := archive.testzip():
+                    raise WrongArchive(f"its part {wrong} does not have its checksum")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read the file that :func:`save_checkpoint` wrote: keys ``config``, ``data``, ``training``; tensors on the CPU.
 
@@ -70,18 +94,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise Unreadable(f"checkpoint {path} does not exist: give the last.pt of a run folder")
-    wrong = "it is truncated or of another kind"
     try:
-        with open(path, "rb") as file:
-            with zipfile.ZipFile(file) as archive:
-                if record := archive.testzip():
-                    wrong = f"its part {record} does not have its checksum"
-                    raise zipfile.BadZipFile
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except (PermissionError, MemoryError) as error:
         raise UserError(f"checkpoint {path} cannot be read ({reason(error)})") from None
-    except Exception:  # damaged and foreign files make zipfile and torch raise many kinds
+    except Exception as error:  # damaged and foreign files make zipfile and torch raise many kinds
+        wrong = str(error) if isinstance(error, WrongArchive) else "it is truncated or of another kind"
         previous = path.with_name(PREVIOUS)
         other = f"; the one before is {previous}" if previous.is_file() and previous != path else ""
         raise Unreadable(f"checkpoint {path} is damaged: {wrong}. {KEEP}{other}") from None

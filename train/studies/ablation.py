@@ -76,7 +76,7 @@ def ablation(config: AblationConfig, overrides: list[str]) -> Path:
 
     Raises:
         UserError: unusable options, or a run that cannot be trained.
-        Interrupted: on SIGINT, after saving.
+        Interrupted: on SIGINT or SIGTERM, after saving.
     """
     if not config.seeds or not config.labelled or not config.parts:
         raise UserError("--seeds, --labelled and --parts need at least one value each")
