@@ -7,19 +7,13 @@ import math
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pixcontrast.distributed import world_size
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import write_config
@@ -30,6 +24,7 @@ from train.logs import BEST, MetricsLog, Record, logged_scores, read_metrics, sc
 from train.run_folder import locked, not_written
 from train.scores import Scores
 from train.session import Session, Training, open_session
+from train.signals import caught_interrupts
 from train.step import to_float, training_step
 
 RESTARTED = "selection/restarted"
@@ -142,36 +137,6 @@ def check_finite(session: Session, losses: dict[str, Tensor], saved: int) -> Non
             advice = f"{session.checkpoint} is that of step {saved}; to go on from there, run the same command with "
             advice += f"--lr {t.config.optim.lr / 2:g} --change-lr, or another lower --lr"
         raise UserError(f"the loss or a weight is not finite after step {t.step}: {advice}")
-
-
-@contextmanager
-def caught_interrupts() -> Iterator[list[int]]:
-    """Context in which the first SIGINT or SIGTERM is only added to the list; a second one has its usual effect.
-
-    With several processes, one in the same second counts as the first: a scheduler signals torchrun and its processes,
-    and torchrun signals these again. Python can catch signals in the main thread only; in another, nothing changes.
-    """
-    caught: list[int] = []
-    first = 0.0
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not caught:
-            caught.append(number)
-            first = time.monotonic()
-        elif world_size() == 1 or time.monotonic() - first > 1:
-            signal.signal(number, previous[number])
-            signal.raise_signal(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    previous: dict[int, Any] = {int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def log_numbers(training: Training, losses: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, float]:

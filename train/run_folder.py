@@ -31,7 +31,7 @@ def locked(out: Path) -> Iterator[None]:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / LOCK, "a+")  # noqa: SIM115 - closed below
+        file = open(out / LOCK, "ab+", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f"run folder {out} cannot be written ({error}): choose another --out") from error
     with file:
@@ -40,14 +40,13 @@ def locked(out: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"process {file.read().strip()} already trains in {out}: wait for its end, or choose another --out"
+                f"process {file.read().decode()} already trains in {out}: wait for its end, or choose another --out"
             ) from None
         except OSError:  # a file system without locks
             pass
         with suppress(OSError):  # the text is only for the message above
             file.truncate(0)
-            file.write(f"{os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

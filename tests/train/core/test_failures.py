@@ -268,6 +268,25 @@ def test_full_disk_leaves_the_old_checkpoint_and_nothing_else(
     assert_same_state(last, finished_once[0].run.out / "last.pt")
 
 
+def fit_without_space(config: FitConfig) -> None:
+    """Train where not a single byte can be written, then leave the error in a file beside the run."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+    try:
+        fit(config)
+    except UserError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    config.run.out.with_suffix(".txt").write_text(message)
+
+
+def test_full_disk_from_the_beginning(tiny: FitConfig, processes: BaseContext):
+    assert run_process(processes, fit_without_space, tiny) == 0
+    message = tiny.run.out.with_suffix(".txt").read_text()
+    assert message.startswith(f"run folder {tiny.run.out} cannot be written ([Errno 27] File too large): free space")
+    assert [path.name for path in tiny.run.out.iterdir()] == ["lock"]
+
+
 def test_log_on_a_full_disk(tmp_path: Path):
     log = MetricsLog(tmp_path, 0)
     log.file.close()
