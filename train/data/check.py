@@ -44,7 +44,7 @@ def check(config: CheckConfig) -> str:
         tqdm.write(problem)
         found += 1
     if found:
-        raise SystemExit(f"{found} problems found")
+        raise SystemExit(f"problems: {found}")
     return f"no problems in {', '.join(config.splits)} of {config.root or config.dataset}"
 
 

@@ -78,8 +78,8 @@ def test_random_kills_and_damage(config: FitConfig, undisturbed: Path, seed: int
     draw = random.Random(seed)
     ours = in_folder(config, tmp_path / "run", checkpoint_every=draw.randint(1, 4))
     out = ours.run.out
-    for attempt in range(8):
-        sent = draw.choice(SIGNALS) if attempt < 7 else None
+    for attempt in range(6):
+        sent = draw.choice(SIGNALS) if attempt < 5 else None
         process = processes.Process(target=quietly, args=(fit_under_fire, ours, sent, draw.uniform(0.0, 1.5)))
         process.start()
         process.join(120)

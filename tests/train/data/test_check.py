@@ -29,7 +29,7 @@ def check(*arguments: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
     if status == 0:
         assert len(lines) == 1 and lines[0].startswith("no problems")
         return []
-    assert status == f"{len(lines)} problems found" and "/3 [" in output.err
+    assert status == f"problems: {len(lines)}" and "/3 [" in output.err
     return lines
 
 
@@ -71,7 +71,7 @@ def test_overlap_of_splits(tiny: FitConfig, small_folder: Path, capsys: pytest.C
 def test_a_split_that_cannot_be_opened_does_not_hide_the_other(small_folder: Path, capsys: pytest.CaptureFixture[str]):
     (small_folder / "val.txt").unlink()
     save(small_folder / "masks" / "b.png", np.full((12, 20), 9, np.uint8))
-    with pytest.raises(SystemExit, match="2 problems found"):
+    with pytest.raises(SystemExit, match="problems: 2"):
         main(["check", "folder", str(small_folder)])
     lines = capsys.readouterr().out.splitlines()
     assert "val.txt is missing" in lines[0] and "b.png has values outside" in lines[1]
