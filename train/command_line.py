@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -106,6 +107,13 @@ def make_data(arguments: list[str]) -> str:
     return f"generated {make_scenes(config.kind, root, config.train, config.val, seed=config.seed)}"
 
 
+def check(arguments: list[str]) -> str:
+    """Read every image and label of a data set, and print a line for each problem."""
+    from train.data import check as module
+
+    return module.check(_parse(module.CheckConfig, "check", arguments))
+
+
 def reproduce(arguments: list[str]) -> str:
     """Train the rows of a table on each split, and compare with the printed numbers."""
     from train.paper import reproduce as module
@@ -137,6 +145,7 @@ COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "demo": demo,
     "rows": rows,
     "make-data": make_data,
+    "check": check,
     "reproduce": reproduce,
     "figures": figures,
     "ablation": ablation,
@@ -153,8 +162,20 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line; those of the process unless given.
 
     Returns:
-        exit status: 0, 2 for bad input, 130 after an interrupt.
+        exit status: 0, 2 for bad input, 128 + number of the signal after an interrupt or where nobody reads the output.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: list[str] | None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name not in COMMANDS:
         asked = name in ("-h", "--help")
@@ -177,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
-        return 130
+        return stop.status
     except KeyboardInterrupt:
         print("interrupted before the training began, or twice: nothing more was saved", file=sys.stderr)
         return 130

@@ -167,7 +167,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where it runs and what it writes; nothing here changes the trained weights."""
+    """Where it runs and what it writes; nothing here but --change-lr changes the trained weights."""
 
     out: Path = Path("runs/fit")
     """Folder of the run: checkpoints, metrics.jsonl, tensorboard events. A run found there is continued."""
@@ -179,6 +179,8 @@ class RunConfig:
     """Steps between two evaluations on the validation set; one always follows the last step."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; a killed run loses at most these."""
+    change_lr: bool = False
+    """Go on from a checkpoint of another --lr, with this one from now on."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from train.config import FitConfig
 from train.errors import UserError
+from train.run_folder import replacing
 
 CONFIG = "config.json"
 
@@ -50,7 +51,8 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def write_config(config: FitConfig) -> None:
     """Write ``config.json`` into the folder of the run."""
-    (config.run.out / CONFIG).write_text(json.dumps(to_plain(config), indent=2) + "\n")
+    with replacing(config.run.out / CONFIG) as file:
+        file.write(json.dumps(to_plain(config), indent=2) + "\n")
 
 
 def same_as_written(config: FitConfig) -> bool:

@@ -10,7 +10,16 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The training was interrupted and has written its checkpoint; the message says how to go on."""
+    """The training was interrupted and has written its checkpoint; the message says how to go on.
+
+    Args:
+        message: for the user.
+        status: exit status of the program, 128 + the number of the signal.
+    """
+
+    def __init__(self, message: str, status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def reason(error: Exception) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from train.config import FitConfig
 from train.config_file import same_as_written
+from train.run_folder import not_written, replacing
 from train.scores import Scores
 
 METRICS = "metrics.jsonl"
@@ -35,25 +36,33 @@ class MetricsLog:
     def __init__(self, out: Path, start: int) -> None:
         self.path = out / METRICS
         kept = [record for record in read_metrics(out) if record["step"] <= start]
-        partial = self.path.with_name(METRICS + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, self.path)
+        with replacing(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
         self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run that is trained needs it
 
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Record ``numbers`` after ``step`` steps; those that are not finite become null."""
+        """Record ``numbers`` after ``step`` steps; those that are not finite become null.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         record = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self.file.write(json.dumps({"step": step, **record}) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
+        try:
+            self.file.write(json.dumps({"step": step, **record}) + "\n")
+            self.file.flush()
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:
+            raise not_written(f"log {self.path}", error) from error
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        """Close the files; on a full disk, :meth:`write` has raised the error already."""
+        for file in (self.file, self.board):
+            with suppress(OSError):
+                file.close()
 
 
 def read_metrics(out: Path) -> list[Record]:

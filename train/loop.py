@@ -7,12 +7,8 @@ import math
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -22,11 +18,13 @@ from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import write_config
 from train.distributed import any_rank, average_statistics, join, launcher, mean_over_ranks, rank, wait
-from train.errors import Interrupted, UserError
+from train.errors import Interrupted, UserError, reason
 from train.evaluate import evaluate
 from train.logs import BEST, MetricsLog, Record, logged_scores, read_metrics, score_numbers
+from train.run_folder import locked, not_written
 from train.scores import Scores
 from train.session import Session, Training, open_session
+from train.signals import caught_interrupts
 from train.step import to_float, training_step
 
 RESTARTED = "selection/restarted"
@@ -41,21 +39,34 @@ def fit(config: FitConfig) -> dict[str, Scores]:
         ``teacher`` after the last step; and of the best of all evaluations of the student.
 
     Raises:
-        UserError: options, data or a checkpoint that cannot be used; a loss that is not finite.
-        Interrupted: on SIGINT, after the step was finished and saved.
+        UserError: options, data or a checkpoint that cannot be used; a folder that another program trains in or that
+            cannot be written; a loss or weights that are not finite; a loader process that ended.
+        Interrupted: on SIGINT or SIGTERM, after the step was finished and saved.
     """
     join()
+    try:
+        with locked(config.run.out):
+            return _fit(config)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process ended ({reason(error)}), perhaps for lack of memory: give fewer --workers than "
+            f"{config.data.workers}; the same command goes on from the last checkpoint in {config.run.out}"
+        ) from None
+
+
+def _fit(config: FitConfig) -> dict[str, Scores]:
     session = open_session(config)
     if session.training.step >= config.optim.steps:
         return evaluate_all(session) | best_logged(session)
     log = None
-    try:
-        if rank() == 0:
-            config.run.out.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        try:
             write_config(config)
             log = MetricsLog(config.run.out, session.training.step)
-    except OSError as error:
-        raise UserError(f"run folder {config.run.out} cannot be written ({error}): choose another --out") from error
+        except OSError as error:
+            raise not_written(f"run folder {config.run.out}", error) from error
     wait()
     try:
         with caught_interrupts() as interrupts:
@@ -67,7 +78,7 @@ def fit(config: FitConfig) -> dict[str, Scores]:
 
 def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> dict[str, Scores]:
     training, classes, batches = session.training, session.validation.classes, session.batches()
-    run, steps = training.config.run, training.config.optim.steps
+    run, steps, saved = training.config.run, training.config.optim.steps, training.step
     scores: dict[str, Scores] = {}
     selection = Selection(read_metrics(run.out), training.config.optim.restart_after * steps)
     interval = 0.5 if sys.stderr.isatty() else 20.0  # seconds; in a log file, each update of the bar is a new line
@@ -77,62 +88,61 @@ def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> di
             start = time.perf_counter()
             losses = training_step(training, *next(batches))
             last = training.step == steps
+            logs, evaluates, saves = (
+                last or training.step % every == 0
+                for every in (run.log_every, run.evaluate_every, run.checkpoint_every)
+            )
             numbers: dict[str, float] = {}
-            if last or training.step % run.log_every == 0:
+            if logs:
                 numbers |= log_numbers(training, losses, classes)
                 numbers["time/step_seconds"] = time.perf_counter() - start
                 miou = f", mIoU {100 * scores['student'].miou:.1f}" if scores else ""
                 progress.set_postfix_str(f"loss {numbers['loss/total']:.3f}{miou}", refresh=False)
-            if last or training.step % run.evaluate_every == 0:
+            if evaluates or not math.isfinite(numbers.get("loss/total", 0.0)):
+                check_finite(session, losses, saved)
+            if evaluates:
                 scores = evaluate_all(session)
                 numbers |= score_numbers(scores) | select(session, selection, scores["student"])
             if numbers and log is not None:
                 log.write(training.step, numbers)
             interrupted = any_rank(bool(interrupts)) and not last
-            if last or interrupted or training.step % run.checkpoint_every == 0:
+            if saves or interrupted:
+                check_finite(session, losses, saved)
                 save_checkpoint(session.checkpoint, training, session.data)
+                saved = training.step
             progress.update()
             if interrupted:
                 raise Interrupted(
                     f"interrupted after step {training.step} of {steps}, saved in {session.checkpoint}; to go on, "
-                    f"run the same command again: {shlex.join([*launcher(), '-m', 'train', *sys.argv[1:]])}"
+                    f"run the same command again: {shlex.join([*launcher(), '-m', 'train', *sys.argv[1:]])}",
+                    status=128 + (interrupts or [signal.SIGINT])[0],
                 )
     return scores | best_logged(session)
 
 
-@contextmanager
-def caught_interrupts() -> Iterator[list[int]]:
-    """Context in which the first SIGINT is only added to the list; a second one raises KeyboardInterrupt as usual.
+def check_finite(session: Session, losses: dict[str, Tensor], saved: int) -> None:
+    """Refuse to go on with a loss, weights or statistics that are not finite. Synchronises with the device.
 
-    Python can catch signals in the main thread only; in another one, nothing changes.
+    Args:
+        saved: step of the last checkpoint, 0 if there is none.
+
+    Raises:
+        UserError: on all ranks, if on any of them a value is not finite.
     """
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    t = session.training
+    states = (*t.learner.state_dict().values(), *t.teacher.state_dict().values())
+    if any_rank(not torch.stack([tensor.isfinite().all() for tensor in (losses["total"], *states)]).all()):
+        advice = "nothing was saved; try a lower --lr"
+        if saved:
+            advice = f"{session.checkpoint} is that of step {saved}; to go on from there, run the same command with "
+            advice += f"--lr {t.config.optim.lr / 2:g} --change-lr, or another lower --lr"
+        raise UserError(f"the loss or a weight is not finite after step {t.step}: {advice}")
 
 
 def log_numbers(training: Training, losses: dict[str, Tensor], classes: tuple[str, ...]) -> dict[str, float]:
-    """Losses, learning rate and fill of the memory as numbers, over all ranks. Synchronises with the device.
-
-    Raises:
-        UserError: the loss is not finite.
-    """
+    """Losses, learning rate and fill of the memory as numbers, over all ranks. Synchronises with the device."""
     values = mean_over_ranks(torch.stack(list(losses.values()))).tolist()
     numbers = {f"loss/{name}": loss for name, loss in zip(losses, values, strict=True)}
-    if not math.isfinite(numbers["loss/total"]):
-        raise UserError(f"the loss is {numbers['loss/total']} after step {training.step}: try a lower --lr")
     numbers["schedule/lr"] = float(training.schedule.get_last_lr()[0])
     if training.learner.branch is not None:
         fill = mean_over_ranks(training.learner.branch.memory.fill).tolist()

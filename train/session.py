@@ -15,19 +15,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pixcontrast.distributed import world_size
 from train.augment import AugmentConfig, build_augmentation
-from train.checkpoint import resume
+from train.checkpoint import CHECKPOINT, PREVIOUS, resume
 from train.class_weights import ClassWeights
 from train.config import FitConfig
 from train.data.batches import Batch, Batches
 from train.data.dataset import SegmentationDataset
-from train.data.datasets import open_dataset
+from train.data.datasets import check_overlap, open_dataset
 from train.data.splits import choose_labelled
 from train.distributed import choose_device, gather, rank, seed_rank
 from train.errors import UserError
 from train.models import Learner, build_learner, synchronise_batchnorm, to_channels_last
 from train.schedules import build_optimizer, from_source, poly_schedule
 
-CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
+BEST_CHECKPOINT = "best.pt"
 STATEFUL = ("learner", "teacher", "optimizer", "schedule", "class_weights")
 
 
@@ -216,6 +216,7 @@ def open_session(config: FitConfig) -> Session:
     device = choose_device(config.run.device)
     c = config.data
     train, validation = (open_dataset(c.dataset, split, c.root, c.scale) for split in ("train", "val"))
+    check_overlap(train, validation)
     source = None if c.source_root is None else open_dataset("gta5", "train", c.source_root, c.scale)
     labelled, unlabelled = choose_labelled(train, c, config.optim.seed)
     if not unlabelled and config.method.method != "supervised":
@@ -233,6 +234,6 @@ def open_session(config: FitConfig) -> Session:
         "labelled": len(labelled),
     }
     session = Session(device, training, train, validation, labelled, unlabelled, source, data)
-    if session.checkpoint.exists():
+    if any(config.run.out.joinpath(name).exists() for name in (CHECKPOINT, PREVIOUS)):
         resume(session.checkpoint, training, data)
     return session

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -90,7 +92,7 @@ class Batches:
             batch_sampler=map(self.samples, count(self.start)),
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # by default the loader draws its base seed from the global generator
         )
         for batch in loader:
@@ -140,9 +142,19 @@ class _Crops(Dataset[Any]):
         return image[window], mask[window]
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C in the loader processes: the last step still needs their batches."""
+def _outlive_signals(worker: int) -> None:
+    """Let a loader process go on after Ctrl-C or a scheduler's SIGTERM: the last step still needs its batches.
+
+    It ends 30 s after the first SIGTERM, and at once after the second, for Python ends left-over processes so.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(30)
 
 
 def _collate(samples: list[Any]) -> Batch | UserError:

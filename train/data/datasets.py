@@ -52,3 +52,17 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     if name == "folder":
         return open_folder(root, split)
     return PUBLISHED[name](root, split, scale)
+
+
+def check_overlap(first: SegmentationDataset, second: SegmentationDataset) -> None:
+    """Refuse two splits that have images in common.
+
+    Raises:
+        UserError: naming how many, and one of them.
+    """
+    files = {image for image, _ in first.pairs.values()}
+    if both := sorted(image for image, _ in second.pairs.values() if image in files):
+        raise UserError(
+            f"{first.source} and {second.source} have {len(both)} images in common, such as {both[0]}: "
+            f"a split must not have images of another one, remove them from one of the two"
+        )

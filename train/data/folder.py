@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 from train.data.classes import read_classes, read_lines
 from train.data.dataset import CACHE_BYTES, SegmentationDataset, pictures
@@ -38,12 +39,12 @@ def open_folder(root: Path, split: str, name: str = "folder", cache_bytes: int =
             )
     classes, palette = read_classes(root / "classes.txt")
     images: dict[str, list[Path]] = {}
-    for path in pictures(root / "images"):
-        images.setdefault(path.stem, []).append(path)
+    for path in pictures(root / "images"):  # macOS writes an umlaut as two letters, an editor as one
+        images.setdefault(normalize("NFC", path.stem), []).append(path)
     listing = root / f"{split}.txt"
     pairs: dict[str, tuple[Path, Path]] = {}
     for item in read_lines(listing, "the ids of the images of this split"):
-        found = images.get(item, [])
+        found = images.get(normalize("NFC", item), [])
         if item in pairs:
             raise UserError(f"{listing} lists '{item}' twice: list every id once")
         if not found:
@@ -53,6 +54,6 @@ def open_folder(root: Path, split: str, name: str = "folder", cache_bytes: int =
             )
         if len(found) > 1:
             raise UserError(f"images {found[0]} and {found[1]} have the same id '{item}': remove or rename one")
-        pairs[item] = found[0], root / "masks" / f"{item}.png"
+        pairs[item] = found[0], root / "masks" / f"{found[0].stem}.png"
     read_label = partial(read_mask, num_classes=len(classes))
     return SegmentationDataset(name, classes, palette, pairs, read_label, listing, cache_bytes=cache_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 
 from train.errors import UserError, reason
 
+LONGEST = 16
+"""Bytes of a split file for each image: twice those of an int64. What is longer reads as truncated."""
+
 
 def read_released_split(path: Path, n: int) -> list[int]:
     """Read the order of the images from a released pickle: the first ``n_lab`` of them are labelled.
 
     A pickle is a program. This one runs with inert stand-ins for the three names of numpy that an array needs; any
-    other name is an error.
+    other name is an error, and so is a size that the file does not have.
 
     The released orders of VOC number the lines of ``train_aug.txt``, which is sorted, as our items are. Those of
     Cityscapes number the files as ``os.walk`` listed them on the authors' machine; we apply them to sorted ids, so the
@@ -33,8 +37,10 @@ def read_released_split(path: Path, n: int) -> list[int]:
         UserError: unreadable file, forbidden or unexpected content, not a permutation of ``range(n)``.
     """
     try:
-        order = _ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-        values = order.values()
+        with open(path, "rb") as file:
+            content = file.read(LONGEST * n + 2**16)
+        _check_sizes(content)
+        values = _ArrayUnpickler(io.BytesIO(content)).load().values()
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise UserError(
             f"cannot read split {path} ({reason(error)}): expected a pickled one-dimensional int64 array"
@@ -45,6 +51,16 @@ def read_released_split(path: Path, n: int) -> list[int]:
             f"of another size than these {n} images"
         )
     return values
+
+
+def _check_sizes(content: bytes) -> None:
+    """Raise ValueError where ``content`` would make the unpickler allocate more memory than it has bytes.
+
+    `pickletools.genops` refuses strings longer than the rest of the file; the memo is as long as its largest index.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(content):
+            raise ValueError(f"memo of {argument} entries in {len(content)} bytes")
 
 
 class _Dtype:
@@ -69,10 +85,10 @@ class _Array:
     def values(self) -> list[int]:
         _version, (length,), dtype, _fortran_order, content = self.state
         if (dtype.code, dtype.byte_order) not in (("i8", "<"), ("i8", ">")):
-            raise ValueError(f"numbers of type {dtype.byte_order}{dtype.code}")
+            raise ValueError("numbers of another type")  # naming it could take any amount of memory
         values = np.frombuffer(content, dtype.byte_order + dtype.code)
         if len(values) != length:
-            raise ValueError(f"{len(values)} numbers instead of {length}")
+            raise ValueError(f"{len(values)} numbers in an array of another length")
         return values.tolist()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from train.checkpoint import load_tensors
 from train.errors import UserError, reason
 from train.networks.base import DeepLab
 
@@ -119,10 +119,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"weights {path} do not exist: give --weights the path of a file, or imagenet")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as error:  # truncated and foreign files make torch raise many kinds
         raise UserError(
-            f"weights {path} are truncated or not a file of PyTorch tensors ({reason(error)}): fetch them again"
+            f"weights {path} are damaged or not a file of PyTorch tensors ({reason(error)}): fetch them again"
         ) from error
     if isinstance(content, dict):
         content = content.get("model", content)  # a checkpoint holds more than the weights

@@ -55,7 +55,7 @@ def reproduce(config: ReproduceConfig, overrides: list[str]) -> Path:
 
     Raises:
         UserError: unusable options, or a run that cannot be trained.
-        Interrupted: on SIGINT, after saving.
+        Interrupted: on SIGINT or SIGTERM, after saving.
     """
     table = rows_of_table(config.table)
     chosen = [find_row(name) for name in config.rows] or table

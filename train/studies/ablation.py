@@ -13,6 +13,7 @@ from typing import Literal
 
 import tyro
 
+from train.checkpoint import CHECKPOINT
 from train.config import FitConfig, parse_fit
 from train.data.datasets import open_dataset
 from train.distributed import choose_device
@@ -21,7 +22,6 @@ from train.evaluate import evaluate_checkpoint
 from train.logs import finished
 from train.loop import fit
 from train.scores import Scores, markdown_table
-from train.session import CHECKPOINT
 from train.studies.recipe import short_recipe
 
 Part = Literal["supervised", "pseudo", "contrast", "released", "all-labels"]
@@ -76,7 +76,7 @@ def ablation(config: AblationConfig, overrides: list[str]) -> Path:
 
     Raises:
         UserError: unusable options, or a run that cannot be trained.
-        Interrupted: on SIGINT, after saving.
+        Interrupted: on SIGINT or SIGTERM, after saving.
     """
     if not config.seeds or not config.labelled or not config.parts:
         raise UserError("--seeds, --labelled and --parts need at least one value each")

@@ -71,7 +71,7 @@ def run_demo(demo: DemoConfig) -> Path:
 
     Raises:
         UserError: unusable options, or a run folder in ``demo.out`` of other options.
-        Interrupted: on SIGINT, after saving.
+        Interrupted: on SIGINT or SIGTERM, after saving.
     """
     start = time.perf_counter()
     configs = demo_configs(demo)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact resume after SIGKILL and SIGINT, atomic writing, and clear refusals."""
+"""Checkpoints: exact resume after SIGKILL, SIGINT and SIGTERM, atomic writing, and clear refusals."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from train.step import training_step
 
 
 def train_in_process(config: FitConfig) -> None:
-    """Train; after an interrupt, leave its message beside the run and exit with status 130."""
+    """Train; after an interrupt, leave its message beside the run and exit with its status."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # one between processes would leak when this one is killed
     try:
         fit(config)
     except Interrupted as stop:
         config.run.out.with_suffix(".txt").write_text(str(stop))
-        sys.exit(130)
+        sys.exit(stop.status)
 
 
 def wait_for_step(config: FitConfig, step: int, process: BaseProcess) -> None:
@@ -56,7 +56,7 @@ def long(tiny: FitConfig) -> FitConfig:
     return replace(tiny, optim=replace(tiny.optim, steps=14), run=replace(tiny.run, evaluate_every=7))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     long: FitConfig, tmp_path: Path, sent: signal.Signals, processes: BaseContext
 ):
@@ -71,7 +71,7 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     if sent == signal.SIGKILL:
         assert process.exitcode == -signal.SIGKILL and 6 <= steps < 14
     else:
-        assert process.exitcode == 130
+        assert process.exitcode == 128 + sent
         message = (tmp_path / "broken.txt").read_text()
         assert f"interrupted after step {steps} of 14" in message and "run the same command again" in message
 
@@ -123,6 +123,7 @@ def test_failed_write_leaves_the_old_checkpoint(tiny: FitConfig, monkeypatch: py
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "weights", "version"])
 def test_unusable_checkpoint_is_refused_and_kept(finished: FitConfig, kind: str):
     path = finished.run.out / "last.pt"
+    (finished.run.out / "previous.pt").unlink()
     whole = path.read_bytes()
     if kind == "weights":
         torch.save({"weight": torch.zeros(2)}, path)

@@ -14,6 +14,7 @@ from train_helpers import ROOT, TINY_OPTIONS
 
 from train.command_line import COMMANDS, EvaluateConfig, MakeDataConfig, main
 from train.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from train.data.check import CheckConfig
 from train.paper.figures import FiguresConfig
 from train.paper.reproduce import ReproduceConfig
 from train.paper.variants import RowOptions
@@ -25,7 +26,7 @@ TINY = [
     *(*TINY_OPTIONS, "--memory-rows", "8", "--memory-start", "1", "--contrast-start", "2", "--steps", "4"),
 ]
 
-POSITIONAL = (EvaluateConfig, MakeDataConfig, FiguresConfig, AblationConfig)
+POSITIONAL = (EvaluateConfig, MakeDataConfig, CheckConfig, FiguresConfig, AblationConfig)
 
 
 def test_fit_then_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -37,6 +38,7 @@ def test_fit_then_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         "last.pt",
         "best.pt",
         "config.json",
+        "lock",
         "metrics.jsonl",
         "tensorboard",
     }
@@ -100,6 +102,7 @@ def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("demo", (DemoConfig,)),
         ("fit --row any", (RowOptions,)),
         ("make-data", (MakeDataConfig,)),
+        ("check", (CheckConfig,)),
         ("reproduce", (ReproduceConfig,)),
         ("figures", (FiguresConfig,)),
         ("ablation", (AblationConfig,)),

@@ -114,12 +114,16 @@ def random_steps(config: FitConfig) -> Results:
 
 
 def interrupted_fit(config: FitConfig, step: int) -> int:
-    """Train while rank 1 gets a SIGINT in ``step``, then go on to the end; after how many steps it was interrupted."""
+    """Train while rank 1 gets a SIGTERM in ``step``, then go on to the end; after how many steps it was interrupted.
+
+    It comes twice, from the scheduler and from torchrun.
+    """
     original = train.loop.training_step
 
     def with_signal(t: Any, *batches: Any) -> Any:
         if t.step == step and rank() == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(t, *batches)
 
     train.loop.training_step = with_signal
@@ -283,7 +287,7 @@ def _as_torchrun_starts_it(number: int, port: str, arguments: list[str], output:
 
 
 def test_torchrun_trains_stops_and_goes_on(tmp_path: Path, processes: BaseContext):
-    """On the built-in tiles. Ctrl-C reaches torchrun, which passes it on."""
+    """On the built-in tiles. The SIGTERM of a scheduler reaches torchrun, which passes it on, as it does Ctrl-C."""
     out = tmp_path / "run"
     arguments = ["fit", "--out", str(out), "--crop", "32", "--labelled-batch", "4", *TINY_OPTIONS]
     arguments += ["--memory-start", "0", "--contrast-start", "0", "--steps", "12", "--log-every", "1"]
@@ -297,7 +301,7 @@ def test_torchrun_trains_stops_and_goes_on(tmp_path: Path, processes: BaseContex
     while len(read_metrics(out)) < 2:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=300)
     steps = read_checkpoint(out / "last.pt")["training"]["step"]
     assert first.returncode != 0 and 2 <= steps < 12

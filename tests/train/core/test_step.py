@@ -87,6 +87,33 @@ def test_teacher_follows_the_warmup_of_its_average(tiny: FitConfig):
     assert weights[1.0].norm() < weights[10.0].norm() < weights[1e9].norm()
 
 
+def test_teacher_is_the_average_with_the_decay_of_the_step(tiny: FitConfig):
+    session = open_session(replace(tiny, optim=replace(tiny.optim, ema=0.9)))
+    t, batches = session.training, session.batches()
+    expected = None
+    for decay in (0.0, min(1 - 1 / 11, 1 - 0.1 * (math.cos(math.pi / 8) + 1) / 2)):  # of steps 0 and 1
+        training_step(t, *next(batches))
+        weights = [p.detach().double() for p in t.learner.parameters()]
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected or weights, weights, strict=True)]
+        for parameter, mean in zip(t.teacher.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.double(), mean, rtol=1e-6, atol=1e-8)
+
+
+def test_memory_rows_are_projections_of_the_teacher(tiny: FitConfig):
+    """With heads of the teacher set to give a constant, all rows are that constant."""
+    session = open_session(replace(tiny, method=replace(tiny.method, memory_start=-1, confidence=0.0)))
+    t = session.training
+    assert t.learner.branch is not None and t.teacher.branch is not None
+    with torch.no_grad():
+        t.teacher.branch.project.last.weight.zero_()
+        t.teacher.branch.project.last.bias.fill_(1.0)
+    training_step(t, *next(session.batches()))
+    memory = t.learner.branch.memory
+    assert memory.counts.sum() > 0
+    for rows, count in zip(memory.rows, memory.counts.tolist(), strict=True):
+        torch.testing.assert_close(rows[:count], torch.full_like(rows[:count], rows.shape[1] ** -0.5))
+
+
 def test_classes_are_weighed_once_the_contrast_begins(tiny: FitConfig):
     weighed, plain = (run(with_method(tiny, "pseudo", class_weights=on), 4)[1] for on in (True, False))
     same = [torch.equal(a["supervised"], b["supervised"]) for a, b in zip(weighed, plain, strict=True)]

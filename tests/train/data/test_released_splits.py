@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +79,28 @@ def test_pickles_of_something_else(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     assert str(path) in error_of(lambda: read_released_split(path, 5))
     assert "missing.pkl" in error_of(lambda: read_released_split(tmp_path / "missing.pkl", 5))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**30) + b"x.",  # bytes
+        b"\x80\x05\x96" + struct.pack("<Q", 2**30) + b"x.",  # bytearray
+        b"\x80\x04\x8d" + struct.pack("<Q", 2**30) + b"x.",  # string
+        b"\x80\x04\x95" + struct.pack("<Q", 2**30) + b"N.",  # frame
+        b"\x80\x04Nr" + struct.pack("<I", 2**26) + b".",  # index of the memo
+        b"\x80\x04Np67108864\n.",
+        pickled(np.arange(2**22)),  # too long for 5 images
+        # a dtype of nested tuples, whose text would have 2^25 letters
+        pickled(np.arange(5)).replace(b"X\x02\x00\x00\x00i8", b")q~0" + b"h~h~\x86q~0" * 24 + b"h~"),
+    ],
+)
+def test_memory_is_bounded_by_the_file(tmp_path: Path, content: bytes):
+    path = tmp_path / "split.pkl"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert len(error_of(lambda: read_released_split(path, 5))) < 300 + len(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()

@@ -29,6 +29,13 @@ def test_split_is_a_seeded_nested_partition():
     assert set(labelled) < set(split_labelled(100, 50, seed=3)[0])
 
 
+def test_draws_never_change():
+    """Drawn once and written down: with another draw, earlier runs and their reports could not be repeated."""
+    assert split_labelled(100, 8, seed=3)[0] == [8, 26, 27, 30, 35, 55, 86, 88]
+    ids = [f"{sequence}_{frame:02d}" for sequence in "ab" for frame in range(20)]
+    assert split_labelled_by_sequence(ids, 6, seed=3)[0] == [7, 11, 15, 30, 37, 38]
+
+
 def test_split_counts_and_fractions():
     assert len(split_labelled(7, 1, 0)[0]) == 1 and split_labelled(7, 1.0, 0) == (list(range(7)), [])
     assert len(split_labelled(211, 1 / 20, 0)[0]) == 11 and len(split_labelled(9, 0.001, 0)[0]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -153,16 +154,34 @@ def test_no_network_and_nothing_to_download_are_one_clear_error(monkeypatch: pyt
         load_weights(empty_network("deeplab_v2_coco"), "imagenet")
 
 
+def flip(path: Path) -> None:
+    """Change a bit in the middle of the weights."""
+    content = bytearray(write(path, constants(backbone_shapes(101))).read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def compress(path: Path) -> None:
+    """Let a small file unpack to a large one."""
+    with zipfile.ZipFile(write(path, {"weight": torch.zeros(2**18)})) as plain:
+        parts = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+
+
 WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (lambda path: None, r"absent\.pth do not exist: give --weights"),
     "truncated": (
         lambda path: path.write_bytes(write(path, constants(backbone_shapes(101))).read_bytes()[:5000]),
-        r"truncated\.pth are truncated or not a file of PyTorch tensors .*: fetch them again",
+        r"truncated\.pth are damaged or not a file of PyTorch tensors .*: fetch them again",
     ),
-    "text": (lambda path: path.write_text("not weights"), r"text\.pth are truncated or not a file of PyTorch tensors"),
+    "flipped": (flip, r"flipped\.pth are damaged .*\(its part flipped/data/\d+ does not have its checksum\)"),
+    "compressed": (compress, r"compressed\.pth are damaged .*\(its parts are larger than the file\)"),
+    "text": (lambda path: path.write_text("not weights"), r"text\.pth are damaged or not a file of PyTorch tensors"),
     "object": (
         lambda path: write(path, {"model": path}),
-        r"object\.pth are truncated or not a file of PyTorch tensors",
+        r"object\.pth are damaged or not a file of PyTorch tensors",
     ),
     "number": (lambda path: write(path, 3), r"number\.pth hold no tensors by name"),
     "no_names": (lambda path: write(path, {"model": {0: torch.zeros(1)}}), r"no_names\.pth hold no tensors by name"),
