@@ -126,7 +126,7 @@ if ops.available():
         order: Tensor | None,
         start: Tensor | None,
         count: Tensor,
-        hidden_bias: Tensor | None,
+        hidden_bias: Tensor,
         running_mean: Tensor,
         *_: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ struct NormStats {
   SegmentRows<T> rows;
   bool training;
   Acc<T> momentum, eps;
-  const Acc<T>* hidden_bias;  // [C, E] or null
+  const Acc<T>* hidden_bias;  // [C, E]
   Acc<T>* running_mean;       // [C, E]
   Acc<T>* running_var;        // [C, E]
   int64_t* batches;           // [] counts trainings of the first segment, or null
@@ -57,7 +57,7 @@ struct NormStats {
   PIXCONTRAST_HOST_DEVICE void finish(int64_t c, int64_t e, Acc<T> row_mean, Acc<T> variance) const {
     const int64_t i = c * rows.width + e, count = rows.segments.count[c];
     const bool own = training && count >= 2;
-    const Acc<T> bias = hidden_bias ? hidden_bias[i] : Acc<T>(0), n = static_cast<Acc<T>>(count);
+    const Acc<T> bias = hidden_bias[i], n = static_cast<Acc<T>>(count);
     const Acc<T> old_mean = running_mean[i], old_var = running_var[i];
     mean[i] = own ? row_mean : old_mean - bias;
     rstd[i] = Acc<T>(1) / sqrt_of((own ? variance : old_var) + eps);

@@ -63,7 +63,7 @@ struct Rows {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> norm_stats(const Tensor& hidden, const optional<Tensor>& order,
                                               const optional<Tensor>& start, const Tensor& count,
-                                              const optional<Tensor>& hidden_bias_, const Tensor& running_mean,
+                                              const Tensor& hidden_bias_, const Tensor& running_mean,
                                               const Tensor& running_var, const optional<Tensor>& batches, bool training,
                                               double momentum, double eps) {
   const Rows rows(hidden, order, start, count);
@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_stats(const Tensor& hidden, const option
     TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
   }
   checked(batches, "batches", {}, at::kLong, hidden.device());
-  const auto hidden_bias =
-      hidden_bias_.has_value() ? optional<Tensor>(rows.parameter(*hidden_bias_, "hidden_bias")) : optional<Tensor>();
+  const Tensor hidden_bias = rows.parameter(hidden_bias_, "hidden_bias");
   const auto options = running_mean.options();
   const auto mean = at::empty({count.numel(), hidden.size(1)}, options), rstd = at::empty_like(mean);
   const auto share = at::empty({count.numel()}, options);
@@ -259,7 +258,7 @@ void implement(torch::Library& library) {
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
   library.def("norm_stats(" ROWS
-              "Tensor? hidden_bias, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, "
+              "Tensor hidden_bias, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, "
               "bool training, float momentum, float eps) -> (Tensor mean, Tensor rstd, Tensor share)");
   library.def("norm_linear" FORWARD);
   library.def("norm_linear" BACKWARD);
