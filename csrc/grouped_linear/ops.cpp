@@ -28,7 +28,7 @@ void outer(const Segments& segments, const Tensor& left, const Tensor& right, co
 void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result, Cuda) {
   Cuda::dispatch(rows, "grouped_linear", [&](auto element, const Cuda& device) {
     using T = decltype(element);
-    const GroupedLinear<T> args{segments,        rows.size(1),    weight.size(1),
+    const GroupedLinear<T> args{segments,      rows.size(1),    weight.size(1),
                                 read<T>(rows), read<T>(weight), write<T>(result)};
     C10_CUDA_CHECK(grouped_linear_cuda(args, device.tensor_cores(rows.scalar_type()), device.stream));
   });
@@ -37,11 +37,10 @@ void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, 
 void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result, Cuda) {
   Cuda::dispatch(left, "grouped_outer", [&](auto element, const Cuda& device) {
     using T = decltype(element);
-    const GroupedOuter<T> args{segments,        left.size(1),   right.size(1),
-                               read<T>(left), read<T>(right), write<T>(result)};
+    const GroupedOuter<T> args{segments, left.size(1), right.size(1), read<T>(left), read<T>(right), write<T>(result)};
     const Tensor workspace = device.workspace(grouped_outer_cuda_workspace(args));
-    C10_CUDA_CHECK(grouped_outer_cuda(args, device.tensor_cores(left.scalar_type()), workspace.mutable_data_ptr(),
-                                      device.stream));
+    C10_CUDA_CHECK(
+        grouped_outer_cuda(args, device.tensor_cores(left.scalar_type()), workspace.mutable_data_ptr(), device.stream));
   });
 }
 #endif
@@ -56,8 +55,8 @@ Tensor grouped_linear(const Tensor& rows_, const optional<Tensor>& start, const 
   const CheckedSegments segments(start, count, rows_.size(0), rows_.device());
   TORCH_CHECK_VALUE(weight_.dim() == 3, "weight must be [C, E, D], got ", weight_.sizes());
   const auto rows = rows_.contiguous();
-  const auto weight = checked(weight_, "weight", {count.numel(), weight_.size(1), rows.size(1)}, rows.scalar_type(),
-                              rows.device());
+  const auto weight =
+      checked(weight_, "weight", {count.numel(), weight_.size(1), rows.size(1)}, rows.scalar_type(), rows.device());
   const auto result = empty_map({rows.size(0), weight.size(1)}, rows.options());
   linear(segments.get(), rows, weight, result, Device());
   return result;
@@ -69,8 +68,7 @@ Tensor grouped_outer(const Tensor& left_, const Tensor& right_, const optional<T
   check_rows(right_, "right");
   const CheckedSegments segments(start, count, left_.size(0), left_.device());
   const auto left = left_.contiguous();
-  const auto right =
-      checked(right_, "right", {left.size(0), right_.size(1)}, left.scalar_type(), left.device());
+  const auto right = checked(right_, "right", {left.size(0), right_.size(1)}, left.scalar_type(), left.device());
   const auto result = at::empty({count.numel(), left.size(1), right.size(1)}, left.options());
   outer(segments.get(), left, right, result, Device());
   return result;

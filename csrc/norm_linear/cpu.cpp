@@ -42,7 +42,8 @@ class Stats {
     cpu::RowBuffer<T> row(width_);
     A *const mean = mean_.data() + number * width_, *const squares = squares_.data() + number * width_;
     const auto hidden = [&](int64_t i) { return row.read(args_.rows.hidden + args_.rows.offset(i)); };
-    for (int64_t i = block.begin; i < block.end; ++i) kernels_.accumulate(A(1) / A(block.size()), hidden(i), width_, mean);
+    for (int64_t i = block.begin; i < block.end; ++i)
+      kernels_.accumulate(A(1) / A(block.size()), hidden(i), width_, mean);
     for (int64_t i = block.begin; i < block.end; ++i) kernels_.add_squares(hidden(i), mean, width_, squares);
   }
 
@@ -93,7 +94,8 @@ class Norms {
           kernels_.leaky(hidden, norm, width_, activations.target(to));
           activations.write(to);
         } else {
-          args_.out[i] = args_.bias[block.c] + kernels_.leaky_dot(hidden, norm, args_.weight + block.c * width_, width_);
+          args_.out[i] =
+              args_.bias[block.c] + kernels_.leaky_dot(hidden, norm, args_.weight + block.c * width_, width_);
         }
       }
     });
@@ -112,8 +114,8 @@ class Norms {
       for (int64_t i = block.begin; i < block.end; ++i) {
         const int64_t place = args_.rows.offset(i);
         T* const to = args_.grad_hidden + place;
-        kernels_.leaky_backward(row.read(args_.rows.hidden + place), norm, grad_of(i, grads), dense(), factor_.data() + at,
-                                shift_.data() + at, tilt_.data() + at, width_, result.target(to));
+        kernels_.leaky_backward(row.read(args_.rows.hidden + place), norm, grad_of(i, grads), dense(),
+                                factor_.data() + at, shift_.data() + at, tilt_.data() + at, width_, result.target(to));
         result.write(to);
       }
     });
@@ -198,8 +200,8 @@ void norm_backward_cpu(const NormLinear<T>& args) {
   Norms<T>(args).backward();
 }
 
-#define INSTANTIATE(T)                                 \
-  template void norm_stats_cpu(const NormStats<T>&);   \
+#define INSTANTIATE(T)                                  \
+  template void norm_stats_cpu(const NormStats<T>&);    \
   template void norm_forward_cpu(const NormLinear<T>&); \
   template void norm_backward_cpu(const NormLinear<T>&);
 INSTANTIATE(float)

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     return column < width ? load_few<W>(args.rows.hidden + args.rows.offset(row) + column) : Few<T, W>{};
   };
   const Few<T, W> pivot = load(piece.first);
-  const auto add = [&](const Few<T, W>& x, float(&sums)[2][W]) {
+  const auto add = [&](const Few<T, W>& x, float (&sums)[2][W]) {
     CU_UNROLL for (int w = 0; w < W; ++w) {
       const float d = to_float(x.x[w]) - to_float(pivot.x[w]);
       sums[0][w] += d;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t column = own < width ? own : 0;  // threads beyond the last column repeat the first, and store nothing
   const Norm<T, W> norm(args, piece.c * width + column);
   const auto load = [&](int64_t row) { return load_arrived<T, W, Dense>(args, row, column); };
-  const auto add = [&](const Arrived<T, W, Dense>& arrived, float(&sums)[Dense ? 2 : 3][W]) {
+  const auto add = [&](const Arrived<T, W, Dense>& arrived, float (&sums)[Dense ? 2 : 3][W]) {
     CU_UNROLL for (int w = 0; w < W; ++w) {
       const float x = norm.x(w, arrived.hidden.x[w]), s = arrived.grad(w) * slope_at(norm.y(w, x), args.slope);
       sums[0][w] += s;
@@ -338,7 +338,7 @@ cudaError_t norm_backward_cuda(const NormLinear<T>& args, void* workspace, cudaS
   float* const partial = static_cast<float*>(workspace);
   if (args.rows.width * args.rows.segments.classes == 0) return cudaSuccess;
   const std::initializer_list<const void*> pointers{
-      args.rows.hidden, args.grad_activations, args.grad_hidden,      args.mean,          args.rstd,
+      args.rows.hidden, args.grad_activations, args.grad_hidden,      args.mean,           args.rstd,
       args.norm_weight, args.norm_bias,        args.grad_norm_weight, args.grad_norm_bias, args.weight};
   const bool any = args.rows.segments.rows > 0;
   return with_columns<T>(args.rows.width, pointers, [&](auto columns) {
@@ -360,10 +360,10 @@ cudaError_t norm_backward_cuda(const NormLinear<T>& args, void* workspace, cudaS
   });
 }
 
-#define INSTANTIATE(T)                                                                \
-  template size_t norm_workspace(const SegmentRows<T>&);                              \
-  template cudaError_t norm_stats_cuda(const NormStats<T>&, void*, cudaStream_t);     \
-  template cudaError_t norm_forward_cuda(const NormLinear<T>&, cudaStream_t);         \
+#define INSTANTIATE(T)                                                            \
+  template size_t norm_workspace(const SegmentRows<T>&);                          \
+  template cudaError_t norm_stats_cuda(const NormStats<T>&, void*, cudaStream_t); \
+  template cudaError_t norm_forward_cuda(const NormLinear<T>&, cudaStream_t);     \
   template cudaError_t norm_backward_cuda(const NormLinear<T>&, void*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(__nv_bfloat16)

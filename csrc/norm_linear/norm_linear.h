@@ -2,16 +2,17 @@
 //
 //   x_i = (h_i - mean_c) rstd_c     y_i = norm_weight_c x_i + norm_bias_c     a_i = y_i if y_i > 0, else slope y_i
 //
-// for rows i of segment c. Behind it stands a dense layer of all segments, out_i = W a_i + b (a product of the library),
-// or one output a segment, out_i = <weight_c, a_i> + bias_c. Activations a_i are not stored; backward recomputes them.
+// for rows i of segment c. Behind it stands a dense layer of all segments, out_i = W a_i + b (a product of the
+// library), or one output a segment, out_i = <weight_c, a_i> + bias_c. Activations a_i are not stored; backward
+// recomputes them.
 //
 // With the gradient s_i that reaches y_i, and sums over the rows of a segment:
 //   B = sum s_i               dL/dnorm_bias   = B
 //   A = sum s_i x_i           dL/dnorm_weight = A
 //   dL/dh_i = rstd norm_weight (s_i - share (B + x_i A))
-// where share is one over the number of rows if mean and rstd are those of the rows, and 0 if they are constants. A bias
-// added to h_i would cancel in the first case, so it is never added: it enters through the mean of the second case, and
-// its gradient is rstd norm_weight B there and 0 elsewhere.
+// where share is one over the number of rows if mean and rstd are those of the rows, and 0 if they are constants. A
+// bias added to h_i would cancel in the first case, so it is never added: it enters through the mean of the second
+// case, and its gradient is rstd norm_weight B there and 0 elsewhere.
 //
 // No torch header: raw pointers and sizes. T is how hidden rows and activations are stored, Acc<T> everything else.
 #pragma once

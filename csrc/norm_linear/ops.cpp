@@ -1,6 +1,5 @@
-#include "norm_linear/norm_linear.h"
-
 #include "common/tensor.h"
+#include "norm_linear/norm_linear.h"
 
 namespace pixcontrast {
 namespace {
@@ -44,7 +43,8 @@ struct Rows {
     if (!order.has_value() || !hidden.is_cpu()) return;
     for (int64_t i = 0; i < hidden.size(0); ++i) {
       const int64_t row = read<int64_t>(order)[i];
-      TORCH_CHECK_VALUE(row >= 0 && row < hidden.size(0), "order must be within 0..", hidden.size(0) - 1, ", got ", row);
+      TORCH_CHECK_VALUE(row >= 0 && row < hidden.size(0), "order must be within 0..", hidden.size(0) - 1, ", got ",
+                        row);
     }
   }
 
@@ -173,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
     const Tensor& norm_bias, double slope, const Tensor& weight) {
   const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
   check_dense(inputs.rows, weight);
-  const auto grad = checked(grad_out, "grad_out", {hidden.size(0), weight.size(0)}, hidden.scalar_type(), hidden.device());
+  const auto grad =
+      checked(grad_out, "grad_out", {hidden.size(0), weight.size(0)}, hidden.scalar_type(), hidden.device());
   const auto share = checked(share_, "share", count.sizes(), accumulation(hidden), hidden.device());
   const auto grad_weight = at::empty(weight.sizes(), weight.options());
   const auto grad_activations = empty_map(inputs.rows.hidden.sizes(), inputs.rows.hidden.options());
@@ -188,7 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
     grads.put(&args);
     run(args, device);
   });
-  return {grads.hidden, grads.norm_weight, grads.norm_bias, grads.hidden_bias, grad_weight, grad.sum(0, false, grad.scalar_type())};
+  return {grads.hidden,      grads.norm_weight, grads.norm_bias,
+          grads.hidden_bias, grad_weight,       grad.sum(0, false, grad.scalar_type())};
 }
 
 // ---- one output a segment: weight [C, E] and bias [C] in the dtype of sums
@@ -249,11 +251,14 @@ void implement(torch::Library& library) {
 }  // namespace
 
 #define ROWS "Tensor hidden, Tensor? order, Tensor? start, Tensor count, "
-#define FORWARD "(" ROWS "Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, float slope, " \
-                "Tensor weight, Tensor bias) -> Tensor"
-#define BACKWARD                                                                                                \
-  "_backward(Tensor grad_out, " ROWS "Tensor mean, Tensor rstd, Tensor share, Tensor norm_weight, "             \
-  "Tensor norm_bias, float slope, Tensor weight) -> (Tensor grad_hidden, Tensor grad_norm_weight, "             \
+#define FORWARD                                                                   \
+  "(" ROWS                                                                        \
+  "Tensor mean, Tensor rstd, Tensor norm_weight, Tensor norm_bias, float slope, " \
+  "Tensor weight, Tensor bias) -> Tensor"
+#define BACKWARD                                                                                    \
+  "_backward(Tensor grad_out, " ROWS                                                                \
+  "Tensor mean, Tensor rstd, Tensor share, Tensor norm_weight, "                                    \
+  "Tensor norm_bias, float slope, Tensor weight) -> (Tensor grad_hidden, Tensor grad_norm_weight, " \
   "Tensor grad_norm_bias, Tensor grad_hidden_bias, Tensor grad_weight, Tensor grad_bias)"
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {

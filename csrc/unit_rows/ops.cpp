@@ -1,11 +1,10 @@
-#include "unit_rows/unit_rows.h"
-
 #include <cmath>
 
 #include "common/cpu/parallel.h"
 #include "common/cpu/row_kernels.h"
 #include "common/cpu/rows.h"
 #include "common/tensor.h"
+#include "unit_rows/unit_rows.h"
 
 namespace pixcontrast {
 namespace {
