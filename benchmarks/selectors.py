@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, leaky_relu, linear, normalize
 
 from pixcontrast import ContrastBranch, PixelContrastLoss
-from pixcontrast.segments import class_order
+from pixcontrast.ops.class_order import class_order
 
 from . import positive
 from .problem import (

@@ -11,7 +11,7 @@ from .functional import gather_pixels, unit_rows
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
 from .memory import ClassMemory
-from .segments import Segments, class_order, valid_labels_at
+from .ops.class_order import Segments, class_order, valid_labels_at
 from .select import Anchors, all_anchors, confident, labels_at, logits_at
 from .stats import ContrastStats, InfoNCEStats
 

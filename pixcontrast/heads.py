@@ -1,6 +1,6 @@
 """Projection and prediction heads, and the attention weights of each class ("selectors").
 
-All work on segments (:mod:`pixcontrast.segments`) at a fixed size: rows that are not valid stay in the batch, but
+All work on :class:`~pixcontrast.functional.Segments` at a fixed size: rows that are not valid stay in the batch, but
 neither in the statistics of BatchNorm nor in any gradient. So nothing waits for the device, and one row or none is no
 special case.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .grouped_linear import grouped_linear
-from .norm_linear import Norm, norm_linear
-from .pixel_linear import pixel_linear
-from .segments import Segments
+from .ops.class_order import Segments
+from .ops.grouped_linear import grouped_linear
+from .ops.norm_linear import Norm, norm_linear
+from .ops.pixel_linear import pixel_linear
 
 
 class MLPHead(nn.Module):

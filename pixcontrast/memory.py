@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .checks import check_float, check_int64, check_like, check_range
 from .distributed import mean_over_ranks, world_size
 from .functional import gather_pixels, memory_mean
-from .memory_push import best_rows, memory_write
-from .segments import Segments, class_order
+from .ops.class_order import Segments, class_order
+from .ops.memory_push import best_rows, memory_write
 from .select import labels_at
 
 SYNCS = ("local", "gather", "reduce")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, linear, logsigmoid, pad
 
 if TYPE_CHECKING:
-    from .norm_linear import Norm
+    from .ops.norm_linear import Norm
 
 NORM_FLOOR = 1e-12
 MIN_ROWS = 2  # a class takes part from two feature rows and two memory rows on, as in the released code
@@ -192,7 +192,7 @@ def norm_linear(
     slope: float,
     dense: bool,
 ) -> Tensor:
-    """BatchNorm over the rows of each segment, leaky ReLU and a linear layer; see :mod:`pixcontrast.norm_linear`.
+    """BatchNorm over the rows of each segment, leaky ReLU and a linear layer; see :mod:`pixcontrast.ops.norm_linear`.
 
     ``rows`` are order, start and count. A bias added to all rows would cancel where their own mean is subtracted, so
     ``hidden_bias`` only enters beside the running mean.

@@ -7,7 +7,7 @@ import torch
 from on_device import DEVICES, without_waiting
 from torch import Tensor
 
-from pixcontrast.segments import Segments, class_order, valid_labels_at
+from pixcontrast.ops.class_order import Segments, class_order, valid_labels_at
 from pixcontrast.select import labels_at
 
 BACKENDS = ("reference", "extension")

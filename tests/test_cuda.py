@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 
 from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss, ops, reference
 from pixcontrast import functional as F
-from pixcontrast.grouped_linear import grouped_linear
-from pixcontrast.norm_linear import Norm, norm_linear
+from pixcontrast.ops.grouped_linear import grouped_linear
+from pixcontrast.ops.norm_linear import Norm, norm_linear
 from pixcontrast.reference import accumulation_dtype
 
 CLASSES, IGNORED = 19, 255

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixcontrast import ClassMemory, ops
+from pixcontrast.ops.class_order import class_order
 from pixcontrast.reference import unit_rows
-from pixcontrast.segments import class_order
 
 BACKENDS = ["extension", "reference"]
 

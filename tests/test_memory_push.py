@@ -12,7 +12,7 @@ from on_device import DEVICES, without_waiting
 from torch import Tensor
 
 from pixcontrast import ops
-from pixcontrast.memory_push import memory_write, segment_topk
+from pixcontrast.ops.memory_push import memory_write, segment_topk
 
 BACKENDS = ["extension", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

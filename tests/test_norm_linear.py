@@ -12,7 +12,7 @@ import torch
 from norm_cases import EPS, LEAVES, MOMENTUM, Case, formula, make_case
 from torch import Tensor
 
-from pixcontrast.norm_linear import Norm, norm_linear
+from pixcontrast.ops.norm_linear import Norm, norm_linear
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # counts and gaps of the segments, width: several blocks of rows, absent and one-row segments, no vector's multiple
@@ -133,7 +133,7 @@ def test_same_bits_with_any_number_of_threads() -> None:
 def test_what_does_not_fit_is_named() -> None:
     case = make_case([5], [0], 4, outputs=3)
     good = [case.hidden, None, None, case.count, case.norm_bias, case.norm_bias, case.norm_weight, case.norm_bias, 0.0]
-    call = torch.ops.pixcontrast.norm_linear
+    call = torch.ops.pixcontrast.ops.norm_linear
     call(*good, case.weight, case.bias)
     wrong = {
         r"weight must be \[3, 4\], got \[3, 5\]": (good, torch.randn(3, 5), case.bias),

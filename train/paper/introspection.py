@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pixcontrast import ContrastBranch
-from pixcontrast.segments import class_order
+from pixcontrast.ops.class_order import class_order
 from train.errors import UserError
 from train.models import Learner
 from train.step import to_float

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
-from .ops import uses_extension
-from .segments import Segments
+from .. import reference
+from . import available, uses_extension
+from .class_order import Segments
 
 
 def segment_topk(
@@ -101,3 +101,16 @@ def best_rows(
         return index[:classes]
     start = torch.arange(0, classes * size, size, device=index.device)
     return segment_topk(scores, index.reshape(-1), start, torch.full_like(start, size), width, backend=backend)
+
+
+if available():
+
+    @torch.library.register_fake("pixcontrast::segment_topk")
+    def _(
+        scores: Tensor | None, order: Tensor | None, start: Tensor, count: Tensor, k: int, rejected: Tensor | None
+    ) -> Tensor:
+        return start.new_empty((start.shape[0], k))
+
+    @torch.library.register_fake("pixcontrast::memory_write")
+    def _(rows: Tensor, counts: Tensor, cursors: Tensor, rejected: Tensor, source: Tensor, index: Tensor) -> None:
+        return None

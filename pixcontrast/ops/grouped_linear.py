@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from .. import reference
+from . import available, uses_extension
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, start: Tensor | None, count: Tensor, backend: str = "auto") -> Tensor:
@@ -23,7 +24,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, start: Tensor | None, count: Te
     Returns:
         ``[P, E]``; rows outside of all segments may hold anything. Gradients reach ``rows`` and ``weight``.
     """
-    if ops.uses_extension(backend, rows.device, rows.dtype):
+    if uses_extension(backend, rows.device, rows.dtype):
         return GroupedLinear.apply(rows, weight, start, count)
     return reference.grouped_linear(rows, weight, start, count)
 
@@ -49,7 +50,7 @@ class GroupedLinear(torch.autograd.Function):
         return grad_rows, grad_weight, None, None
 
 
-if ops.available():
+if available():
 
     @torch.library.register_fake("pixcontrast::grouped_linear")
     def _(rows: Tensor, start: Tensor | None, count: Tensor, weight: Tensor) -> Tensor:

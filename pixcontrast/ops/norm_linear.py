@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .functions import differentiable_once
+from .. import reference
+from . import available, uses_extension
+from .autograd import differentiable_once
 
 
 class Norm(NamedTuple):
@@ -67,7 +68,7 @@ def norm_linear(
     kept = [norm.running_mean, norm.running_var]
     running = [statistic.to(precise) for statistic in kept]
     rows = (order, start, count)
-    if ops.uses_extension(backend, hidden.device, hidden.dtype):
+    if uses_extension(backend, hidden.device, hidden.dtype):
         with torch.no_grad():
             statistics = torch.ops.pixcontrast.norm_stats(
                 hidden, *rows, parameters[0], *running, norm.batches, norm.training, norm.momentum, norm.eps
@@ -118,7 +119,7 @@ class NormLinear(torch.autograd.Function):
         return hidden, hidden_bias, norm_weight, norm_bias, weight, bias, *[None] * 8
 
 
-if ops.available():
+if available():
 
     @torch.library.register_fake("pixcontrast::norm_stats")
     def _(

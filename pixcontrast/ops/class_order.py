@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_int64
-from .ops import uses_extension
+from ..checks import check_int64
+from . import available, uses_extension
 
 
 class Segments(NamedTuple):
@@ -97,3 +97,16 @@ def _check(labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"num_classes must be within 1..2^31 - 2, got {num_classes}")
     if labels.numel() >= 2**31:
         raise ValueError(f"labels must have fewer than 2^31 elements, got {labels.numel()}")
+
+
+if available():
+
+    @torch.library.register_fake("pixcontrast::labels_at")
+    def _(labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int) -> Tensor:
+        return labels.new_empty((labels.shape[0], height, width))
+
+    @torch.library.register_fake("pixcontrast::class_order")
+    def _(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        sizes = (labels.numel(), labels.numel(), num_classes, num_classes, 1)
+        order, sorted_labels, start, count, total = (labels.new_empty(size) for size in sizes)
+        return order, sorted_labels, start, count, total
