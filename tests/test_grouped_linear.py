@@ -55,6 +55,6 @@ def test_the_reference_compiles_without_reading_sizes() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     rows, weight = torch.randn(20, 16, dtype=dtype), torch.randn(4, 24, 16, dtype=dtype)
     count = torch.tensor([5, 5, 5, 5])
-    torch.library.opcheck(torch.ops.pixcontrast.ops.grouped_linear.default, (rows, None, count, weight))
+    torch.library.opcheck(torch.ops.pixcontrast.grouped_linear.default, (rows, None, count, weight))
     left = torch.randn(20, 24, dtype=dtype)
     torch.library.opcheck(torch.ops.pixcontrast.grouped_outer.default, (left, rows, None, count))

@@ -97,7 +97,7 @@ def test_without_rows_every_gradient_is_zero(backend: str, autocast: bool) -> No
 
 def test_selectors_in_autocast_multiply_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = torch.ops.pixcontrast.ops.grouped_linear
+    real = torch.ops.pixcontrast.grouped_linear
     monkeypatch.setattr(torch.ops.pixcontrast, "grouped_linear", lambda *a: seen.append(a[0].dtype) or real(*a))
     selectors, rows, labels = ClassSelectors(3, 16), torch.randn(60, 16), torch.arange(60) % 3
     expected = logits_of(selectors, rows, labels)

@@ -133,7 +133,7 @@ def test_same_bits_with_any_number_of_threads() -> None:
 def test_what_does_not_fit_is_named() -> None:
     case = make_case([5], [0], 4, outputs=3)
     good = [case.hidden, None, None, case.count, case.norm_bias, case.norm_bias, case.norm_weight, case.norm_bias, 0.0]
-    call = torch.ops.pixcontrast.ops.norm_linear
+    call = torch.ops.pixcontrast.norm_linear
     call(*good, case.weight, case.bias)
     wrong = {
         r"weight must be \[3, 4\], got \[3, 5\]": (good, torch.randn(3, 5), case.bias),

@@ -37,12 +37,14 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     return guarded
 
 
-def scaled(grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor) -> list[Tensor | None]:
+def scaled(grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor | None) -> list[Tensor | None]:
     """Gradients, which forward computed for ``grad_output = 1``, times ``grad_output``.
 
     In place, unless the graph is kept and they may be asked for again. A CPU reads ``grad_output`` and skips a factor
     of one; on CUDA one kernel scales all of them, because reading it would wait for the device.
     """
+    if grad_output is None:  # the loss is not used
+        return [None for _ in needed]
     wanted = [grad if need else None for need, grad in zip(needed, grads, strict=True)]
     written = [grad for grad in wanted if grad is not None]
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
