@@ -1,4 +1,4 @@
-// Names that the operators `project`, `head`, `selector`, `grouped` and `infonce` still use; goes with them.
+// Names that the operators `project`, `head`, `selector` and `grouped` still use; goes with them.
 #pragma once
 
 #include "common/tensor.h"

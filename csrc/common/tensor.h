@@ -28,6 +28,22 @@ using std::optional;
 inline at::ScalarType accumulation(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 inline at::ScalarType accumulation(const Tensor& t) { return accumulation(t.scalar_type()); }
 
+// The dtype for kernels that learn it when they run.
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    case at::kDouble:
+      return Dtype::kDouble;
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16, float16 or float64, got ", t.scalar_type());
+  }
+}
+
 // Elements of a tensor; null where there is none. T need not be the name that PyTorch has for the dtype.
 template <class T>
 const T* read(const Tensor& t) {
