@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .checks import (
+    check_excluded,
     check_float,
     check_int64,
     check_key_count,
@@ -216,14 +217,15 @@ def infonce_contrast(
         anchors: which pixels, of which class.
         queues: ``[C, N_q, D]`` each, constants; none: the anchors contrast each other.
         queue_counts: ``[C]`` int64 each, valid rows of each class; ``None``: all.
-        excluded: ``[R]`` int64, a key of the own class that is no positive (-1: none).
+        excluded: ``[R]`` int64, a key of the own class that is no positive (-1: none), counted over the queues one
+            after the other. Beyond the keys of the class: an error on CPUs, without effect on CUDA.
         temperature: divides the similarities.
         base_temperature: the loss is multiplied by ``temperature / base_temperature``.
         loss_weight: factor of the loss.
         backend: ``"auto"``, ``"extension"`` or ``"reference"``.
 
     Returns:
-        :class:`InfoNCEOutput`. The gradient reaches ``features`` alone.
+        :class:`InfoNCEOutput`. The gradient reaches ``features`` alone. Anchors and keys that are not finite give NaN.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
@@ -244,6 +246,8 @@ def infonce_contrast(
     for queue, counts in zip(queues, queue_counts, strict=True):
         check_like("counts", counts, (queue.shape[0],), queue.device)
         check_int64("counts", counts)
+    if excluded is not None:
+        check_excluded(excluded, anchors, queue_counts)
     constants = [queue.detach() for queue in queues]
     features = features if torch.is_grad_enabled() else features.detach()
     if uses_extension(backend, features.device, features.dtype):

@@ -75,13 +75,14 @@ class Positive(torch.autograd.Function):
             features, labels, weight_logits, mean, counts, loss_weight, ignore_index, *ctx.needs
         )
         ctx.save_for_backward(*grads)
+        ctx.dtype = features.dtype
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
         return loss, class_loss, pixels, unknown
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        features, weight_logits, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        features, weight_logits, mean = _scaled(ctx.saved_tensors, ctx.needs, grad_loss, ctx.dtype)
         return features, None, weight_logits, mean, None, None, None
 
 
@@ -107,6 +108,7 @@ class InfoNCE(torch.autograd.Function):
             features, index, labels, queues, counts, excluded, temperature, base_temperature, loss_weight, *ctx.needs
         )
         ctx.save_for_backward(grad)
+        ctx.dtype = features.dtype
         ctx.inputs = 7 + len(queues_and_counts)
         ctx.mark_non_differentiable(anchor_loss, positives)
         return loss, anchor_loss, positives
@@ -114,7 +116,7 @@ class InfoNCE(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (features,) = _scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        (features,) = _scaled(ctx.saved_tensors, ctx.needs, grad_loss, ctx.dtype)
         return features, *[None] * (ctx.inputs - 1)
 
 
@@ -211,19 +213,34 @@ class Selector(torch.autograd.Function):
         return rows if rows_grad else None, None, None, first, None, mean, None, *norm, weight, bias, None
 
 
-def _scaled(grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor) -> list[Tensor | None]:
+def _scaled(
+    grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor, dtype: torch.dtype
+) -> list[Tensor | None]:
     """Gradients, which forward computed for ``grad_output = 1``, times ``grad_output``.
+
+    The first is that of the features, which have this ``dtype``. Of float16 features it is stored in float32, because
+    under loss scaling only the product is in the range of float16; then it is multiplied and rounded in one operation.
 
     In place, unless the graph is kept and they may be asked for again. A CPU reads ``grad_output`` and skips a factor
     of one; on CUDA one kernel scales all of them, because reading it would wait for the device.
     """
     wanted = [grad if need else None for need, grad in zip(needed, grads, strict=True)]
-    written = [grad for grad in wanted if grad is not None]
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
-    if grad_output.device.type != "cpu":
-        torch.ops.pixcontrast.scale_(written, grad_output)
-    elif grad_output.item() != 1:
-        for grad in written:
-            grad.mul_(grad_output.to(grad.dtype))
-    return wanted
+    if torch.compiler.is_compiling():
+        scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
+        return [None if scaled[0] is None else scaled[0].to(dtype), *scaled[1:]]
+    rounded = wanted[0]
+    if rounded is not None and rounded.dtype != dtype:
+        rounded = torch.mul(rounded, grad_output, out=torch.empty_like(rounded, dtype=dtype))
+        wanted[0] = None
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        wanted = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
+    else:
+        written = [grad for grad in wanted if grad is not None]
+        if not written:
+            return [rounded, *wanted[1:]]
+        if grad_output.device.type != "cpu":
+            torch.ops.pixcontrast.scale_(written, grad_output)
+        elif grad_output.item() != 1:
+            for grad in written:
+                grad.mul_(grad_output.to(grad.dtype))
+    return [rounded if wanted[0] is None else wanted[0], *wanted[1:]]

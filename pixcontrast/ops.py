@@ -52,6 +52,11 @@ def _accumulation(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _unscaled_grad(features: Tensor) -> Tensor:
+    """For the gradient of ``features`` for ``grad_output = 1``: that of float16 is in float32, see ``_scaled``."""
+    return torch.empty_like(features, dtype=torch.float32 if features.dtype == torch.float16 else None)
+
+
 if available():
 
     @torch.library.register_fake("pixcontrast::class_mean")
@@ -82,7 +87,7 @@ if available():
             features.new_empty((classes,), dtype=dtype),
             labels.new_empty((classes,)),
             labels.new_empty(()),
-            torch.empty_like(features) if features_grad else features.new_empty(0),
+            _unscaled_grad(features) if features_grad else features.new_empty(0),
             features.new_empty(labels.shape if weight_logits_grad else 0, dtype=dtype),
             torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
         )
@@ -224,5 +229,5 @@ if available():
             features.new_empty((), dtype=dtype),
             features.new_empty(index.shape, dtype=dtype),
             torch.empty_like(index),
-            torch.empty_like(features) if features_grad else features.new_empty(0),
+            _unscaled_grad(features) if features_grad else features.new_empty(0),
         )

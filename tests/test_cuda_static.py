@@ -22,7 +22,7 @@ REQUIRED = {
     r"infonce_forward_mma.*MmaTraitsIf": ["HMMA.*TF32", ASYNCHRONOUS_COPY],
     r"infonce_forward_mma.*MmaTraitsI6__half": [TENSOR_CORES, MATRIX_LOAD, ASYNCHRONOUS_COPY],
     r"infonce_forward_mma.*MmaTraitsI13__nv_bfloat16": ["HMMA.*BF16", MATRIX_LOAD, ASYNCHRONOUS_COPY],
-    r"infonce_forward_float32": ["FFMA", WIDE_LOAD],
+    r"infonce_forward_float32": ["FFMA", "LDS.*128"],
     r"TensorProductI(6__half|13__nv_bfloat16)": [TENSOR_CORES, MATRIX_LOAD, WIDE_LOAD],
     r"TensorProductIf": ["HMMA.*TF32", WIDE_LOAD],
     r"ExactProduct": ["FFMA", WIDE_LOAD],

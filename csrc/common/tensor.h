@@ -126,8 +126,14 @@ inline Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options,
 }
 
 // The gradient of features, laid out like them.
-inline Tensor empty_like_features(const Tensor& features) {
-  return empty_map(features.sizes(), features.options().memory_format(std::nullopt), format_of(features));
+inline Tensor empty_like_features(const Tensor& features, optional<at::ScalarType> type = std::nullopt) {
+  const auto options = features.options().dtype(type.value_or(features.scalar_type()));
+  return empty_map(features.sizes(), options.memory_format(std::nullopt), format_of(features));
+}
+
+// The dtype of a gradient of features that is multiplied by grad_output later, see GradOf.
+inline at::ScalarType unscaled_grad(const Tensor& features) {
+  return features.scalar_type() == at::kHalf ? at::kFloat : features.scalar_type();
 }
 
 // `t`, or an empty tensor where an operator has nothing to return.

@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps) scatter_gradient(const __gri
   float sum = 0;
   for (int i = blockIdx.x; i >= 0 && channel < dim; i = params.same_pixel[i].next) {
     const int row = params.row[i], positives = params.anchor_keys[row].positives;
+    if (params.lse[row] == -INFINITY) continue;  // no negatives: no gradient, whatever the keys are
     const float share = params.each_other ? 1 / kPairScale : positives > 0 ? 1.0f / positives : 0;
     for (int split = warp; split < params.splits; split += kMergeWarps) {
       const float weight = params.each_other ? 1 : split == 0 ? params.sigmoids[row] : -1;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps) scatter_gradient(const __gri
   sum = sum_of_warps(sum);
   if (warp == 0 && channel < dim) {
     const int64_t offset = params.layout.offset(params.index[blockIdx.x]) + channel * params.layout.channel_stride();
-    static_cast<T*>(params.grad_features)[offset] = from_float<T>(sum * *params.grad_scale);
+    static_cast<GradOf<T>*>(params.grad_features)[offset] = from_float<GradOf<T>>(sum * *params.grad_scale);
   }
 }
 

@@ -86,7 +86,7 @@ void SortedAnchors<A>::finish() const {
   *static_cast<A*>(args.loss) = contributing ? static_cast<A>(scale * sum / static_cast<double>(contributing)) : A(0);
   if (!args.grad_features) return;
   with_dtype(args.dtype, [&](auto element) {
-    using T = decltype(element);
+    using T = cpu::GradOf<decltype(element)>;
     auto* const to = static_cast<T*>(args.grad_features);
     cpu::Pieces(args.layout.pixels * dim, 64, 1 << 14).run([&](int64_t, int64_t begin, int64_t end) {
       std::fill(to + begin, to + end, T(0));
@@ -113,10 +113,6 @@ void contrast_row(SortedAnchors<A>& anchors, A* z, int64_t i, A grad_scale) {
   for (const Range side : sides) {
     if (side.size() > 0) sum_exp += kernels.exponentials(z + side.begin, side.size(), inverse, row_max);
   }
-  if (own.size() == anchors.count) {  // no negatives: the loss is 0 whatever the positives are
-    std::fill(z + own.begin, z + own.end, A(0));
-    return;
-  }
   const A lse = row_max + std::log(sum_exp);
   for (const Range side : {Range{own.begin, i}, Range{i + 1, own.end}}) {
     if (side.size() > 0) sigmoids += kernels.positives(z + side.begin, side.size(), inverse, lse, &softplus);
@@ -140,8 +136,9 @@ void contrast_each_other(SortedAnchors<A>& anchors) {
   };
   const at::Tensor rows = as_tensor(anchors.rows);
   for (int64_t i = 0; i < count; ++i) anchors.positives[i] = anchors.of_class(anchors.label[i]).size() - 1;
+  if (count == 0 || anchors.of_class(anchors.label[0]).size() == count) return;  // no negatives: the loss is 0
   const std::vector<A> grad_scale = anchors.grad_scales();
-  const int64_t height = std::clamp<int64_t>(kPanelElements / std::max<int64_t>(count, 1), 1, kPanelElements);
+  const int64_t height = std::clamp<int64_t>(kPanelElements / count, 1, kPanelElements);
   const at::Tensor panel = at::empty({std::min(height, count), count}, rows.options());
   for (int64_t first = 0; first < count; first += height) {
     const int64_t size = std::min(height, count - first);

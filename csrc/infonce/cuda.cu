@@ -141,7 +141,8 @@ cudaError_t infonce_cuda(const InfoNCE& args, const InfoNCEDevice& device, void*
   if (!fits(args)) return cudaErrorInvalidValue;
   const int64_t count = args.count, dim = args.layout.dim;
   if (args.grad_features) {
-    TRY(cudaMemsetAsync(args.grad_features, 0, args.layout.pixels * dim * bytes_of(args.dtype), stream));
+    TRY(cudaMemsetAsync(args.grad_features, 0, args.layout.pixels * dim * (args.dtype == Dtype::kBFloat16 ? 2 : 4),
+                        stream));
   }
   if (count == 0) return cudaMemsetAsync(args.loss, 0, sizeof(float), stream);
 

@@ -149,8 +149,8 @@ class AnchorRow {
   __device__ float weigh(const InfoNCEParams& params, const KeyTile<T>& tile, const Z& z, const Column& column) {
     const AnchorKeys keys = params.anchor_keys[max(row_, 0)];
     const int own_begin = keys.own_begin - tile.position, own_end = keys.own_end - tile.position;
-    const int excluded = keys.excluded - tile.position;
-    CU_UNROLL for (int i = 0; i < kKeys; ++i) z(i) *= params.scale;
+    // + 0 z: an infinite similarity becomes NaN, which no maximum, exponential or sigmoid below hides
+    CU_UNROLL for (int i = 0; i < kKeys; ++i) z(i) = z(i) * params.scale + 0 * z(i);
     if constexpr (kPass == Pass::kNegatives) {
       if (tile.valid < params.tile_keys || (own_begin < tile.valid && own_end > 0)) {
         CU_UNROLL for (int i = 0; i < kKeys; ++i) {
@@ -160,13 +160,15 @@ class AnchorRow {
       }
       return online_softmax(z);
     } else {
+      const int own_valid = min(own_end, tile.valid), excluded = keys.excluded - tile.position;
       CU_UNROLL for (int i = 0; i < kKeys; ++i) {
         const int key = column(i);
-        const bool own = key >= own_begin && key < own_end, valid = key < tile.valid && key != excluded;
-        if (kPass == Pass::kPositives) {
-          z(i) = valid && own ? weigh_positive(z(i)) : 0;
+        const bool own = key >= own_begin && key < own_valid;
+        if constexpr (kPass == Pass::kPositives) {
+          z(i) = own && key != excluded && has_negatives() ? weigh_positive(z(i)) : 0;
         } else {
-          z(i) = valid && row_ >= 0 ? weigh_pair(params, tile.position + key, own, z(i)) : 0;
+          const bool valid = row_ >= 0 && has_negatives() && key < tile.valid && key != excluded;
+          z(i) = valid ? weigh_pair(params, tile.position + key, own, z(i)) : 0;
         }
       }
       return 1;
@@ -215,6 +217,9 @@ class AnchorRow {
     if (!own) return a.sigmoids * __expf(z - a.lse) + b.sigmoids * __expf(z - b.lse);
     return -__fdividef(a.one, 1 + __expf(z - a.lse)) - __fdividef(b.one, 1 + __expf(z - b.lse));
   }
+
+  // Otherwise the loss is 0, whatever the positives are.
+  __device__ bool has_negatives() const { return lse_ != -INFINITY; }
 
   int row_;  // -1: none
   float row_max_, lse_;

@@ -46,7 +46,7 @@ struct InfoNCE {
   void* loss;               // [] sums
   void* anchor_loss;        // [R] sums: loss_i, 0 for an anchor that is not valid
   int64_t* positives;       // [R] P_i
-  void* grad_features;      // like features, or null: no gradient
+  void* grad_features;      // like features, but float for half (see GradOf); or null: no gradient
 };
 
 void infonce_cpu(const InfoNCE& args);

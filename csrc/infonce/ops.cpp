@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> infonce(const Tensor& features_, cons
   const auto loss = at::empty({}, sums), anchor_loss = at::empty({args.count}, sums);
   const auto positives = at::empty({args.count}, index.options());
   Tensor grad_features;
-  if (features_grad) grad_features = empty_like_features(features);
+  if (features_grad) grad_features = empty_like_features(features, unscaled_grad(features));
   args.temperature = temperature;
   args.base_temperature = base_temperature;
   args.loss_weight = loss_weight;
