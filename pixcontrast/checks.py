@@ -56,6 +56,24 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, wher
         )
 
 
+def check_excluded(excluded: Tensor, anchors: tuple[Tensor, Tensor], counts: Sequence[Tensor]) -> None:
+    """CPU ``excluded`` below the number of keys of the anchor's class; a GPU would have to wait."""
+    indices, labels = anchors
+    check_like("excluded", excluded, tuple(labels.shape), labels.device)
+    check_int64("excluded", excluded)
+    if torch.compiler.is_compiling() or labels.device.type != "cpu" or not counts:
+        return
+    keys = torch.stack(list(counts)).sum(0)
+    valid = (indices >= 0) & (labels >= 0) & (labels < len(keys))
+    own = torch.where(valid, keys[labels.clamp(0, len(keys) - 1)], 0)
+    wrong = valid & (excluded >= own)
+    if wrong.any():
+        listed = ", ".join(
+            f"key {int(e)} of {int(n)}" for e, n in zip(excluded[wrong][:8], own[wrong][:8], strict=True)
+        )
+        raise ValueError(f"excluded: {int(wrong.sum())} of {len(labels)} are beyond the keys of the class: {listed}")
+
+
 def check_range(name: str, values: Tensor, least: int, most: int) -> None:
     """CPU ``values`` within ``least..most``; a GPU would have to wait."""
     if torch.compiler.is_compiling() or values.device.type != "cpu":

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import check_queue
+from .checks import check_label_values, check_queue
 from .distributed import contrast_over_ranks, world_size
 from .functional import BACKENDS, contrast_with_mean, infonce_contrast, memory_mean
 from .memory import ClassMemory
 from .reference import MIN_ROWS
-from .select import Anchors, all_anchors, hard_anchors, labels_at
+from .select import MAX_LABELS, Anchors, all_anchors, hard_anchors, labels_at
 from .stats import ContrastStats, InfoNCEStats, infonce_stats
 
 OBJECTIVES = ("infonce", "positive")
@@ -157,6 +157,8 @@ class PixelContrastLoss(nn.Module):
         if self.objective == "infonce":
             if weight_logits is not None or queue_weight_logits is not None:
                 raise ValueError('weight_logits and queue_weight_logits are for objective="positive" alone')
+            rows = [_rows_and_counts(part)[0] for part in _parts(queue)]
+            check_label_values(labels, rows[0].shape[0] if rows else MAX_LABELS, self.ignore_index, "labels")
             return self.contrast(feats, self.anchors(labels, predict, generator), queue, return_stats=return_stats)
         if queue is None or not isinstance(queue, ClassMemory | Tensor):
             raise ValueError(f'objective="positive" needs queue, a ClassMemory or a tensor, got {type(queue).__name__}')

@@ -313,7 +313,8 @@ def infonce(
         temperature, base_temperature, loss_weight: see above.
 
     Returns:
-        The scalar loss, ``loss_i [R]`` (0 for anchors that take no part) and ``P_i [R]`` int64.
+        The scalar loss, ``loss_i [R]`` (0 for anchors that take no part and for those without negatives) and
+        ``P_i [R]`` int64. Anchors, keys or similarities that are not finite give NaN.
     """
     dtype = accumulation_dtype(features.dtype)
     used = (index >= 0) & (labels >= 0)
@@ -334,10 +335,12 @@ def infonce(
     same = known & (labels[:, None] == key_labels)
     positive = same if excluded is None else same & (places != excluded[:, None])
     z = anchors @ keys.t() / temperature
+    z = z + 0 * z  # an infinite similarity becomes NaN, which reaches the loss
     lowest = torch.finfo(dtype).min / 4
-    away = torch.logsumexp(torch.where(known & ~same, z, lowest), dim=1, keepdim=True)
-    # log(e^z + e^away) - z; the lower bound stands for "no negatives", where the loss is 0
-    pairs = -logsigmoid(torch.where(positive & (away > lowest / 2), z - away, -lowest))
+    negative = known & ~same
+    away = torch.logsumexp(torch.where(negative, z, lowest), dim=1, keepdim=True)
+    # log(e^z + e^away) - z; without negatives the loss is 0
+    pairs = -logsigmoid(torch.where(positive & negative.any(1, keepdim=True), z - away, -lowest))
     positives = positive.sum(1)
     anchor_loss = torch.where(positive, pairs, 0).sum(1) / positives.clamp_min(1)
     mean = anchor_loss.sum() / (positives > 0).sum().clamp_min(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ def confident(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
     """
     probability, predicted = torch.softmax(logits.float(), dim=1).max(dim=1)
     return (predicted == labels) & (probability > threshold)
+
+
+MAX_LABELS = 1 << 15  # the sort key of hard_anchors has so many bits for the class
 
 
 class Anchors(NamedTuple):
@@ -106,10 +109,12 @@ def hard_anchors(
         empty = torch.full((max_samples,), -1, dtype=torch.int64, device=device)
         return Anchors(empty, empty)
     valid = (flat != ignore_index) & (flat >= 0)
-    image = torch.arange(labels.shape[0], device=device).repeat_interleave(total // labels.shape[0], output_size=total)
+    image = torch.arange(total, device=device) // (total // labels.shape[0])
     easy = (predict.reshape(-1) == flat).long()
     # one key sorts everything: image, class (0: none), right or wrong, chance
-    chance = torch.randint(0, 1 << 31, (total,), device=device, generator=generator)
+    # torch.compile knows randint with dynamic shapes only without the argument
+    chosen_by: dict[str, Any] = {} if generator is None else {"generator": generator}
+    chance = torch.randint(0, 1 << 31, (total,), device=device, **chosen_by)
     key = ((image << 16 | torch.where(valid, flat + 1, 0)) << 32) | (easy << 31) | chance
     key, order = torch.sort(key)
     pair, known = key >> 32, (key >> 32 & 0xFFFF) > 0

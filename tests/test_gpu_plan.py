@@ -126,7 +126,7 @@ def test_all_kernel_tests_run_on_the_device(plan: Plan, tmp_path: Path) -> None:
 def test_all_tests_that_need_a_gpu_run(plan: Plan) -> None:
     found = commands(stage("right", plan))
     listing = "".join(collect(after(found[name].argv, "-m", "pytest") or [], {}) for name in ("operators", "graphs"))
-    assert {"tests/test_cuda.py", "tests/test_cuda_sizes.py", "tests/test_cuda_graphs.py"} == set(marked_cuda())
+    assert {"tests/test_cuda.py", "tests/test_cuda_sizes.py", "tests/test_cuda_graphs.py"} <= set(marked_cuda())
     assert all(f"{path}::" in listing for path in marked_cuda())
     assert "test_positive[cuda-256-19-131072-dtype0]" in listing and "[cpu-" not in listing
 

@@ -324,3 +324,88 @@ def test_too_many_keys_for_the_cuda_kernels_is_one_clear_error() -> None:
         queue = torch.empty(1000, 1 << 20, 16, device="cuda")
         with pytest.raises(ValueError, match=r"queues hold 1088704000 keys .* on CUDA there may be 1071644672"):
             infonce_contrast(features, anchors, [queue, queue[:, :40000]], backend="reference")
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("where", ["anchor of a queue", "key", "anchor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_reaches_the_loss(
+    backend: str, where: str, dtype: torch.dtype, value: float, gradient: bool
+) -> None:
+    case = large_case(dtype, queue=where != "anchor")
+    if where == "key":
+        case.queues[0][1, 7, 3] = value
+    else:
+        case.features[case.anchors.indices[5], 3] = value
+    with torch.set_grad_enabled(gradient):
+        if not gradient:
+            assert infonce_contrast(
+                case.features, case.anchors, case.queues, queue_counts=case.counts, backend=backend
+            ).loss.isnan()
+            return
+        output, grad = case.run(backend)
+    assert output.loss.isnan() and grad[case.anchors.indices[5]].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queue", [True, False])
+def test_similarities_that_overflow_reach_the_loss(queue: bool, backend: str) -> None:
+    case = large_case(torch.float32, queue)
+    case.features = case.features * 1e38
+    case.temperature = 1e-3
+    assert case.run(backend)[0].loss.isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queue", [True, False])
+def test_what_is_not_valid_may_hold_anything(queue: bool, backend: str) -> None:
+    case = large_case(torch.float32, queue)
+    case.anchors.indices[::9] = -1
+    case.anchors.labels[4::9] = -1
+    used = (case.anchors.indices >= 0) & (case.anchors.labels >= 0)
+    expected, expected_grad = case.run(backend)
+    unused = torch.ones(len(case.features), dtype=torch.bool)
+    unused[case.anchors.indices[used]] = False
+    for value in (torch.nan, torch.inf):
+        case.features[unused] = value
+        for rows, counts in zip(case.queues, case.counts, strict=True):
+            rows[torch.arange(rows.shape[1]) >= counts[:, None]] = value
+        output, grad = case.run(backend)
+        assert torch.equal(output.loss, expected.loss) and output.loss > 0
+        assert torch.equal(grad[~unused], expected_grad[~unused]) and not grad[unused].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_anchor_without_negatives_has_no_loss_whatever_its_keys_are(backend: str) -> None:
+    features = torch.randn(6, 4)
+    features[2] = torch.nan
+    anchors = Anchors(torch.tensor([0, 2, 4]), torch.tensor([1, 1, 1]))
+    queue = torch.full((3, 2, 4), torch.nan)
+    for case in (Case(features, anchors), Case(features, anchors, [queue], [torch.tensor([0, 2, 0])])):
+        output, grad = case.run(backend)
+        assert output.loss == 0 and not output.anchor_loss.any() and output.positives.any()
+        assert backend == "reference" or not grad.any()  # autograd multiplies its zeros by the NaN
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_excluded_key_that_does_not_exist_is_named(backend: str) -> None:
+    case = large_case()
+    case.excluded = torch.full((600,), -1)
+    case.excluded[3], case.excluded[4] = 1 << 20, 4096
+    case.anchors.labels[3], case.anchors.labels[4] = -1, 1  # the first one is no anchor
+    with pytest.raises(ValueError, match="excluded: 1 of 600 are beyond the keys of the class: key 4096 of 4096"):
+        case.run(backend)
+    case.excluded[4] = 4095
+    assert case.run(backend)[0].positives[4] == 4095
+
+
+def test_self_contrast_in_several_panels() -> None:
+    # 2^22 products at a time: more than 2048 anchors need several panels, and each pair pulls at both of its anchors
+    g = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(2100, 5, generator=g, dtype=torch.float64), dim=1)
+    case = Case(features, Anchors(torch.arange(2100), torch.randint(0, 3, (2100,), generator=g)))
+    (expected, expected_grad), (output, grad) = (case.run(backend) for backend in BACKENDS)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12 * float(expected_grad.abs().max()))

@@ -134,3 +134,38 @@ def test_wrong_options_are_named() -> None:
         PixelContrastLoss(max_samples=None)
     with pytest.raises(ValueError, match='objective="positive" needs queue'):
         PixelContrastLoss(objective="positive")(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_once_for_all_shapes(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    criterion, graphs = PixelContrastLoss(max_samples=16, max_views=3), []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=dynamic, backend=count)
+    for height in (5, 7, 9):
+        features = normalize(torch.randn(2, 6, height, 7), dim=1).requires_grad_()
+        labels = torch.randint(0, CLASSES, (2, 4 * height, 28))
+        loss = compiled(features, labels, labels[:, ::4, ::4])
+        (grad,) = torch.autograd.grad(loss, features)
+        assert loss > 0 and grad.any()
+    assert len(graphs) == (1 if dynamic else 2)  # by default the second shape makes sizes dynamic
+
+
+@pytest.mark.parametrize("max_samples", [16, None])
+def test_labels_that_are_no_class_are_named(max_samples: int | None) -> None:
+    features, labels, predict = make_batch()
+    criterion = PixelContrastLoss(max_samples=max_samples, max_views=max_samples and 3)
+    labels[0, 4, 0] = 255
+    queue = torch.randn(CLASSES, 3, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="labels: 1 of 70 labels are outside 0..3 and are not ignore_index=-1: 255"):
+        criterion(features, labels, predict, queue)
+    with pytest.raises(ValueError, match="outside 0..3"):
+        criterion(features, labels, predict, [ClassMemory(CLASSES, 5, 6, dtype=torch.float64)])
+    assert criterion(features, labels, predict).isfinite()  # without a queue any number may be a class ...
+    labels[0, 4, 0] = -2
+    with pytest.raises(ValueError, match=r"outside 0\.\.\d+ and are not ignore_index=-1: -2"):
+        criterion(features, labels, predict)  # ... but none below zero

@@ -105,8 +105,9 @@ def test_many_pieces_agree_with_the_reference(shape: tuple[int, ...]) -> None:
     assert max(relative_errors(results, expected).values()) < 1e-12
 
 
-def test_streamed_stores_agree_with_the_reference() -> None:
-    case = large_case(shape=(16500,), dim=256)  # 16.9 MB of gradient: past the caches
+@pytest.mark.parametrize("dim", [256, 250])  # rows of 1000 bytes begin at any multiple of 8
+def test_streamed_stores_agree_with_the_reference(dim: int) -> None:
+    case = large_case(shape=(17000,), dim=dim)  # 17 MB of gradient: past the caches
     _, expected = case.run("reference")
     _, results = case.run("extension")
     assert max(relative_errors(results, expected).values()) < 2e-5
@@ -329,3 +330,22 @@ def test_memory_mean_ignores_rows_beyond_the_count() -> None:
         mean = memory_mean(spoilt, counts, backend=backend)
         torch.testing.assert_close(mean[1], torch.nn.functional.normalize(queue[1, :2], dim=1).mean(0))
         assert (mean[0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_row_of_the_memory_with_trained_weights_keeps_gradients_finite(backend: str) -> None:
+    queue = torch.randn(2, 5, 4, dtype=torch.float64)
+    queue[0, 1], queue[1, 4] = 0, 1e-13
+    logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    pull = torch.randn(2, 4, dtype=torch.float64)
+    mean = memory_mean(queue, torch.tensor([5, 5]), logits, backend)
+    (grad,) = torch.autograd.grad((mean * pull).sum(), logits)
+    sigma = torch.sigmoid(logits.detach())
+    for c in range(2):
+        v = sigma[c] / sigma[c].sum()
+        norms = [float(row.norm()) for row in queue[c]]
+        g = torch.stack(
+            [row @ pull[c] / n if n >= 1e-12 else row.sum() * 0 for row, n in zip(queue[c], norms, strict=True)]
+        )
+        expected = v * (1 - sigma[c]) * (g - (v * g).sum())
+        torch.testing.assert_close(grad[c], expected, rtol=1e-12, atol=1e-15)

@@ -18,6 +18,14 @@ constexpr double kNormFloor = 1e-12;  // rows of a smaller norm count as the zer
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// The gradient of features is stored in their dtype, but for float16 in float32: forward writes it for grad_output = 1,
+// and under loss scaling its elements are in the range of float16 only after they are multiplied by grad_output.
+template <class T, class Half>
+using GradOf = std::conditional_t<std::is_same_v<T, Half>, float, T>;
+
+// How the elements of a tensor are stored, where kernels learn it when they run.
+enum class Dtype { kFloat, kBFloat16, kHalf, kDouble };
+
 // A feature matrix of P pixels and D channels: rows [P, D] (also channels_last maps), or maps [B, D, H*W].
 struct FeatureLayout {
   int64_t pixels;      // P in all

@@ -28,6 +28,22 @@ using std::optional;
 inline at::ScalarType accumulation(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 inline at::ScalarType accumulation(const Tensor& t) { return accumulation(t.scalar_type()); }
 
+// The dtype for kernels that learn it when they run.
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    case at::kDouble:
+      return Dtype::kDouble;
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16, float16 or float64, got ", t.scalar_type());
+  }
+}
+
 // Elements of a tensor; null where there is none. T need not be the name that PyTorch has for the dtype.
 template <class T>
 const T* read(const Tensor& t) {
@@ -111,8 +127,14 @@ inline Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options,
 }
 
 // The gradient of features, laid out like them.
-inline Tensor empty_like_features(const Tensor& features) {
-  return empty_map(features.sizes(), features.options().memory_format(std::nullopt), format_of(features));
+inline Tensor empty_like_features(const Tensor& features, optional<at::ScalarType> type = std::nullopt) {
+  const auto options = features.options().dtype(type.value_or(features.scalar_type()));
+  return empty_map(features.sizes(), options.memory_format(std::nullopt), format_of(features));
+}
+
+// The dtype of a gradient of features that is multiplied by grad_output later, see GradOf.
+inline at::ScalarType unscaled_grad(const Tensor& features) {
+  return features.scalar_type() == at::kHalf ? at::kFloat : features.scalar_type();
 }
 
 // `t`, or an empty tensor where an operator has nothing to return.

@@ -1,55 +1,41 @@
-// The keys are streamed in tiles, so no number is kept for a pair of anchor and key. Negatives come first, with a
-// running maximum and rescaled sums; then each anchor's own class, when the sum over its negatives is known. Loss and
-// gradient come out of the one stream: two products of anchors and keys each.
+// Anchors against queues, as in flash attention: keys are streamed in tiles, so nothing is stored for a pair of anchor
+// and key. Negatives come first, with an online softmax; then each anchor's own class, when lse is known. Loss and
+// gradient come out of the one stream: two products of anchors and keys each (gemm_qk, gemm_pv).
 //
-// Threads share nothing while they stream: the work is cut into blocks of anchors times parts of the keys,
-// and the sums of the parts are added in a fixed order.
-#include <ATen/ATen.h>
+// Threads share nothing while they stream: tasks are blocks of anchors times splits of the keys, and the sums of the
+// splits are added in a fixed order.
 #include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
 
 #include <cmath>
-#include <limits>
 
 #include "common/cpu/row_kernels.h"
 #include "infonce/cpu.h"
-#include "infonce/tile.h"
 
 namespace pixcontrast {
 namespace {
 
-using at::Tensor;
-
 constexpr int64_t kBlockAnchors = 8 * kPanelAnchors;  // of a task
-constexpr int64_t kMostParts = 32;                    // of the keys
-constexpr int64_t kPartialNumbers = 1 << 21;          // in the sums of all parts: 8 MiB of float32, twice
-
-struct Part {
-  int64_t number, of;
-};
-
-// What is summed for each anchor over one part of the keys: [V].
-template <class A>
-struct Sums {
-  explicit Sums(int64_t anchors)
-      : largest(anchors, -std::numeric_limits<A>::infinity()),
-        total(anchors),
-        weights(anchors),
-        softplus(anchors),
-        sigmoids(anchors) {}
-
-  std::vector<A> largest;   // maximum of z over the negatives
-  std::vector<A> total;     // sum over the negatives of e^(z - largest)
-  std::vector<A> weights;   // the same of the rounded numbers that keys were multiplied by
-  std::vector<A> softplus;  // sum over the positives of l_ij - z_ij
-  std::vector<A> sigmoids;  // sum over the positives of s_ij, rounded likewise
-};
+constexpr int64_t kMaxSplits = 32;
+constexpr int64_t kSumElements = 1 << 21;  // in the key sums of all splits: 8 MiB of float32, twice
 
 // The columns of a panel that hold some of its anchors: whole groups of kColumnStep.
 struct Columns {
   explicit Columns(Range anchors)
-      : first(anchors.first / cpu::kColumnStep * cpu::kColumnStep), count(cpu::padded(anchors.last) - first) {}
+      : first(anchors.begin / cpu::kColumnStep * cpu::kColumnStep), count(cpu::padded(anchors.end) - first) {}
   int64_t first, count;
+};
+
+// What is summed for each anchor over one split of the keys: [V].
+template <class A>
+struct Sums {
+  explicit Sums(int64_t anchors)
+      : row_max(anchors, -INFINITY), sum_exp(anchors), weights(anchors), softplus(anchors), sigmoids(anchors) {}
+
+  std::vector<A> row_max;   // of z over the negatives
+  std::vector<A> sum_exp;   // sum over the negatives of e^(z - row_max)
+  std::vector<A> weights;   // the same of the rounded elements that gemm_pv takes
+  std::vector<A> softplus;  // sum over the positives of l_ij - z_ij
+  std::vector<A> sigmoids;  // sum over the positives of s_ij, rounded likewise
 };
 
 template <class A>
@@ -58,76 +44,78 @@ class Stream {
   explicit Stream(SortedAnchors<A>& anchors)
       : anchors_(anchors),
         args_(anchors.args),
+        gradient_(args_.grad_features != nullptr),
         width_(cpu::padded(anchors.dim)),
-        bf16_(multiply_bf16(args_)),
-        panels_(panels_of(anchors.rows, bf16_)),
-        parts_(std::clamp<int64_t>(kPartialNumbers / std::max<int64_t>(anchors.count * width_, 1), 1, kMostParts)),
-        sums_(parts_, Sums<A>(anchors.count)) {
-    if (!args_.needs_grad) return;
-    away_ = at::zeros({parts_, anchors.count, width_}, anchors.rows.options());
-    towards_ = at::zeros({parts_, anchors.count, width_}, anchors.rows.options());
+        splits_(std::clamp<int64_t>(kSumElements / std::max<int64_t>(anchors.count * width_, 1), 1, kMaxSplits)),
+        class_keys_(args_.classes),
+        sums_(splits_, Sums<A>(anchors.count)) {
+    bf16_ = cpu::has_bf16() && args_.dtype == Dtype::kBFloat16;
+    for (int q = 0; q < args_.queues; ++q) bf16_ = bf16_ && args_.queue[q].dtype == Dtype::kBFloat16;
+    for_segments([&](const InfoNCEQueue&, int64_t c, int64_t valid) { class_keys_[c] += valid, keys_ += valid; });
+    if (bf16_) {
+      bf16_panels_ = panels_of<c10::BFloat16, 2>(anchors.rows, anchors.count, anchors.dim);
+    } else {
+      panels_ = panels_of<A, 1>(anchors.rows, anchors.count, anchors.dim);
+    }
+    if (!gradient_) return;
+    negative_sums_.resize(splits_ * anchors.count * width_);
+    positive_sums_.resize(splits_ * anchors.count * width_);
   }
 
   void run() {
-    for_tasks([&](Range block, Part part) { stream_negatives(block, part); });
+    for_tasks([&](Range block, int64_t split) { stream_negatives(block, split); });
     for_anchors([&](int64_t i) { merge_negatives(i); });
-    for_tasks([&](Range block, Part part) { stream_positives(block, part); });
+    for_tasks([&](Range block, int64_t split) { stream_positives(block, split); });
     merge_positives();
   }
 
  private:
-  static bool multiply_bf16(const InfoNCE& args) {
-    const auto is_bf16 = [](const Tensor& queue) { return queue.scalar_type() == at::kBFloat16; };
-    return cpu::has_bf16() && args.feature_type == at::kBFloat16 &&
-           std::all_of(args.queues.begin(), args.queues.end(), is_bf16);
-  }
-
-  // ---- who works on what
+  // ---- the work of a task
 
   template <class Body>
   void for_anchors(const Body& body) const {
-    at::parallel_for(0, anchors_.count, 16, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) body(i);
+    at::parallel_for(0, anchors_.count, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
     });
   }
 
-  // body(block of anchors, part of the keys)
+  // body(block of anchors, split)
   template <class Body>
   void for_tasks(const Body& body) const {
     const int64_t blocks = (anchors_.count + kBlockAnchors - 1) / kBlockAnchors;
-    const at::ThreadLocalState state;  // tensors are made in the threads: they need to know inference mode
-    at::parallel_for(0, blocks * parts_, 1, [&](int64_t first, int64_t last) {
-      const at::ThreadLocalStateGuard guard(state);
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t start = task / parts_ * kBlockAnchors;
-        body(Range{start, std::min(start + kBlockAnchors, anchors_.count)}, Part{task % parts_, parts_});
+    at::parallel_for(0, blocks * splits_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task / splits_ * kBlockAnchors;
+        body(Range{first, std::min(first + kBlockAnchors, anchors_.count)}, task % splits_);
       }
     });
   }
 
   // body(queue, class, valid rows) for the rows of each class of each queue
   template <class Body>
-  void for_classes(const Body& body) const {
-    for (size_t q = 0; q < args_.queues.size(); ++q) {
-      const auto* counts = args_.counts[q].const_data_ptr<int64_t>();
-      for (int64_t c = 0; c < args_.queues[q].size(0); ++c) {
-        body(args_.queues[q], c, std::clamp<int64_t>(counts[c], 0, args_.queues[q].size(1)));
+  void for_segments(const Body& body) const {
+    for (int q = 0; q < args_.queues; ++q) {
+      const InfoNCEQueue& queue = args_.queue[q];
+      for (int64_t c = 0; c < args_.classes; ++c) {
+        body(queue, c, std::clamp<int64_t>(queue.counts[c], 0, queue.capacity));
       }
     }
   }
 
-  // body(keys [k, D], class, place of the first among the keys of its class) for the tiles of one part of all keys
+  // body(load the tile, class, position of its first key among the keys of its class) for the tiles of one split
   template <class Body>
-  void for_tiles(Part part, int64_t most, const Body& body) const {
-    int64_t total = 0;
-    for_classes([&](const Tensor&, int64_t, int64_t valid) { total += valid; });
-    const Range mine{total * part.number / part.of, total * (part.number + 1) / part.of};
-    std::vector<int64_t> before(args_.queues[0].size(0));
+  void for_tiles(int64_t split, KeyTile<A>& tile, const Body& body) const {
+    const Range own{keys_ * split / splits_, keys_ * (split + 1) / splits_};
+    std::vector<int64_t> before(args_.classes);
     int64_t passed = 0;
-    for_classes([&](const Tensor& queue, int64_t c, int64_t valid) {
-      const int64_t end = std::min(mine.last - passed, valid);
-      for (int64_t first = std::max<int64_t>(mine.first - passed, 0); first < end; first += most) {
-        body(queue[c].narrow(0, first, std::min(most, end - first)), c, before[c] + first);
+    for_segments([&](const InfoNCEQueue& queue, int64_t c, int64_t valid) {
+      const int64_t end = std::min(own.end - passed, valid), size = queue.dtype == Dtype::kDouble  ? 8
+                                                                    : queue.dtype == Dtype::kFloat ? 4
+                                                                                                   : 2;
+      for (int64_t first = std::max<int64_t>(own.begin - passed, 0); first < end; first += tile.capacity()) {
+        const auto* const rows =
+            static_cast<const char*>(queue.rows) + (c * queue.capacity + first) * args_.layout.dim * size;
+        body([&] { tile.load(rows, queue.dtype, std::min(tile.capacity(), end - first)); }, c, before[c] + first);
       }
       before[c] += valid;
       passed += valid;
@@ -136,17 +124,18 @@ class Stream {
 
   // body(panel, the anchor in its first column, its anchors among those of a range, counted from there)
   template <class Body>
-  static void for_panels(Range anchors, const Body& body) {
-    for (int64_t i = anchors.first; i < anchors.last;) {
-      const int64_t panel = i / kPanelAnchors, start = panel * kPanelAnchors;
-      const int64_t end = std::min(start + kPanelAnchors, anchors.last);
+  void for_panels(Range anchors, const Body& body) const {
+    for (int64_t i = anchors.begin; i < anchors.end;) {
+      const int64_t start = i / kPanelAnchors * kPanelAnchors, end = std::min(start + kPanelAnchors, anchors.end);
+      const void* const panel = bf16_ ? static_cast<const void*>(bf16_panels_.data() + start * width_)
+                                      : static_cast<const void*>(panels_.data() + start * width_);
       body(panel, start, Range{i - start, end - start});
       i = end;
     }
   }
 
-  A* sum_of(const Tensor& of_parts, Part part, int64_t anchor) const {
-    return of_parts.data_ptr<A>() + (part.number * anchors_.count + anchor) * width_;
+  A* sum_of(std::vector<A>& sums, int64_t split, int64_t anchor) const {
+    return sums.data() + (split * anchors_.count + anchor) * width_;
   }
 
   // ---- negatives
@@ -155,155 +144,149 @@ class Stream {
   struct Sides {
     Range before, behind;
 
-    int64_t size() const { return before.size() + behind.size(); }
+    bool empty() const { return before.size() + behind.size() == 0; }
     Columns columns() const {
-      return Columns({before.size() ? before.first : behind.first, behind.size() ? behind.last : before.last});
+      return Columns({before.size() ? before.begin : behind.begin, behind.size() ? behind.end : before.end});
     }
     template <class Body>
     void for_each(const Body& body) const {
       for (const Range side : {before, behind}) {
-        for (int64_t k = side.first; k < side.last; ++k) body(k);
+        for (int64_t k = side.begin; k < side.end; ++k) body(k);
       }
     }
   };
 
-  void stream_negatives(Range block, Part part) {
-    InfoNCETile<A> tile(anchors_.dim, bf16_);
-    for_tiles(part, tile.most_keys(), [&](const Tensor& keys, int64_t c, int64_t) {
+  void stream_negatives(Range block, int64_t split) {
+    KeyTile<A> tile(anchors_.dim, bf16_);
+    for_tiles(split, tile, [&](const auto& load, int64_t c, int64_t) {
       Range own = anchors_.of_class(c);
       if (own.size() == 0) own = {anchors_.count, anchors_.count};
-      if (common(own, block).size() == block.size()) return;
-      tile.load(keys);
-      for_panels(block, [&](int64_t panel, int64_t start, Range anchors) {
-        const Sides sides{common(anchors, {0, own.first - start}), common(anchors, {own.last - start, kPanelAnchors})};
-        if (sides.size() == 0) return;
+      if (intersect(own, block).size() == block.size()) return;
+      load();
+      for_panels(block, [&](const void* panel, int64_t start, Range anchors) {
+        const Sides sides{intersect(anchors, {0, own.begin - start}),
+                          intersect(anchors, {own.end - start, kPanelAnchors})};
+        if (sides.empty()) return;
         const Columns columns = sides.columns();
-        tile.multiply(panels_, panel, columns.first, columns.count);
-        add_negatives(tile, start, sides, part);
-        if (!args_.needs_grad) return;
+        tile.gemm_qk(panel, columns.first, columns.count);
+        online_softmax(tile, start, sides, split);
+        if (!gradient_) return;
         for (const Range side : {sides.before, sides.behind}) {
-          if (side.size()) tile.accumulate(side.first, side.size(), sum_of(away_, part, start + side.first));
+          if (side.size()) {
+            tile.gemm_pv(side.begin, side.size(), sum_of(negative_sums_, split, start + side.begin));
+          }
         }
       });
     });
   }
 
-  // z of some anchors of a panel become e^(z/T - largest); what was summed under a smaller maximum is scaled down.
-  void add_negatives(InfoNCETile<A>& tile, int64_t start, const Sides& sides, Part part) {
-    const Columns columns = sides.columns();
+  // z of some anchors of a panel become e^(z/T - row_max); sums under a smaller maximum are rescaled.
+  void online_softmax(KeyTile<A>& tile, int64_t start, const Sides& sides, int64_t split) {
+    const auto [first, count] = sides.columns();
     const A inverse = anchors_.inverse_temperature;
-    A* const z = tile.z(columns.first);
-    A shift[kPanelAnchors], total[kPanelAnchors] = {}, weights[kPanelAnchors] = {};
-    kernels_.column_largest(z, tile.size(), kPanelAnchors, columns.count, shift + columns.first);
-    for (int64_t k = columns.first; k < columns.first + columns.count; ++k) shift[k] *= inverse;
-    Sums<A>& sums = sums_[part.number];
+    A* const z = tile.z(first);
+    A shift[kPanelAnchors], sum_exp[kPanelAnchors] = {}, weights[kPanelAnchors] = {};
+    kernels_.column_largest(z, tile.size(), kPanelAnchors, count, shift + first);
+    for (int64_t k = first; k < first + count; ++k) shift[k] *= inverse;
+    Sums<A>& sums = sums_[split];
     sides.for_each([&](int64_t k) {
-      A& largest = sums.largest[start + k];
-      if (shift[k] > largest) scale_down(start + k, std::exp(largest - shift[k]), part);
-      shift[k] = largest = std::max(largest, shift[k]);
+      A& row_max = sums.row_max[start + k];
+      if (shift[k] > row_max) rescale(start + k, std::exp(row_max - shift[k]), split);
+      shift[k] = row_max = std::max(row_max, shift[k]);
     });
-    kernels_.column_exponentials(z, tile.size(), kPanelAnchors, columns.count, inverse, shift + columns.first,
-                                 total + columns.first);
-    const bool rounds = bf16_ && args_.needs_grad;
-    if (rounds) tile.round(columns.first, columns.count, weights + columns.first);
+    kernels_.column_exponentials(z, tile.size(), kPanelAnchors, count, inverse, shift + first, sum_exp + first);
+    const bool rounds = bf16_ && gradient_;
+    if (rounds) tile.round(first, count, weights + first);
     sides.for_each([&](int64_t k) {
-      sums.total[start + k] += total[k];
-      sums.weights[start + k] += rounds ? weights[k] : total[k];
+      sums.sum_exp[start + k] += sum_exp[k];
+      sums.weights[start + k] += rounds ? weights[k] : sum_exp[k];
     });
   }
 
-  void scale_down(int64_t i, A scale, Part part) {
-    Sums<A>& sums = sums_[part.number];
-    if (sums.total[i] == 0) return;
-    sums.total[i] *= scale;
+  void rescale(int64_t i, A scale, int64_t split) {
+    Sums<A>& sums = sums_[split];
+    if (sums.sum_exp[i] == 0) return;
+    sums.sum_exp[i] *= scale;
     sums.weights[i] *= scale;
-    if (!args_.needs_grad) return;
-    A* const away = sum_of(away_, part, i);
-    rows_.combine(A(0), away, scale, away, width_, false, away, A(0), nullptr);
+    if (!gradient_) return;
+    A* const row = sum_of(negative_sums_, split, i);
+    rows_.combine(A(0), row, scale, row, width_, false, row, A(0), nullptr);
   }
 
-  // The sums of all parts under the one maximum go to the first part's place; its largest and total to every part's.
+  // The sums of all splits under the one maximum go to the first split's place; row_max and sum_exp to every split's.
   void merge_negatives(int64_t i) {
-    A largest = -std::numeric_limits<A>::infinity(), total = 0, weights = 0;
-    for (const Sums<A>& sums : sums_) largest = std::max(largest, sums.largest[i]);
-    for (int64_t p = 0; p < parts_; ++p) {
-      const Sums<A>& sums = sums_[p];
-      const A scale = sums.total[i] > 0 ? std::exp(sums.largest[i] - largest) : A(0);
-      total += sums.total[i] * scale;
+    A row_max = -INFINITY, sum_exp = 0, weights = 0;
+    for (const Sums<A>& sums : sums_) row_max = std::max(row_max, sums.row_max[i]);
+    for (int64_t s = 0; s < splits_; ++s) {
+      const Sums<A>& sums = sums_[s];
+      const A scale = sums.sum_exp[i] > 0 ? std::exp(sums.row_max[i] - row_max) : A(0);
+      sum_exp += sums.sum_exp[i] * scale;
       weights += sums.weights[i] * scale;
-      if (!args_.needs_grad) continue;
-      A* const first = sum_of(away_, {0, parts_}, i);
-      A* const mine = sum_of(away_, {p, parts_}, i);
-      rows_.combine(p == 0 ? A(0) : A(1), first, scale, mine, width_, false, first, A(0), nullptr);
+      if (!gradient_) continue;
+      A *const first = sum_of(negative_sums_, 0, i), *const own = sum_of(negative_sums_, s, i);
+      rows_.combine(s == 0 ? A(0) : A(1), first, scale, own, width_, false, first, A(0), nullptr);
     }
     for (Sums<A>& sums : sums_) {
-      sums.largest[i] = largest;
-      sums.total[i] = total;
+      sums.row_max[i] = row_max;
+      sums.sum_exp[i] = sum_exp;
       sums.weights[i] = weights;
     }
   }
 
   // ---- positives
 
-  void stream_positives(Range block, Part part) {
-    InfoNCETile<A> tile(anchors_.dim, bf16_);
-    for_tiles(part, tile.most_keys(), [&](const Tensor& keys, int64_t c, int64_t place) {
-      const Range own = common(block, anchors_.of_class(c));
+  void stream_positives(Range block, int64_t split) {
+    KeyTile<A> tile(anchors_.dim, bf16_);
+    for_tiles(split, tile, [&](const auto& load, int64_t c, int64_t position) {
+      const Range own = intersect(block, anchors_.of_class(c));
       if (own.size() == 0) return;
-      tile.load(keys);
-      for_panels(own, [&](int64_t panel, int64_t start, Range anchors) {
+      load();
+      for_panels(own, [&](const void* panel, int64_t start, Range anchors) {
         const Columns columns(anchors);
-        tile.multiply(panels_, panel, columns.first, columns.count);
-        add_positives(tile, start, anchors, place, part);
-        if (args_.needs_grad) {
-          tile.accumulate(anchors.first, anchors.size(), sum_of(towards_, part, start + anchors.first));
+        tile.gemm_qk(panel, columns.first, columns.count);
+        add_positives(tile, start, anchors, position, split);
+        if (gradient_) {
+          tile.gemm_pv(anchors.begin, anchors.size(), sum_of(positive_sums_, split, start + anchors.begin));
         }
       });
     });
   }
 
-  int64_t excluded(int64_t i) const {
-    return args_.excluded.defined() ? args_.excluded.const_data_ptr<int64_t>()[anchors_.order[i]] : -1;
-  }
+  int64_t excluded(int64_t i) const { return args_.excluded ? args_.excluded[anchors_.order[i]] : -1; }
 
-  // z of some anchors of a panel become s_ij; a key that is no positive of its anchor has none.
-  void add_positives(InfoNCETile<A>& tile, int64_t start, Range anchors, int64_t place, Part part) {
-    const Columns columns(anchors);
-    A* const z = tile.z(columns.first);
-    A limit[kPanelAnchors] = {}, sigmoids[kPanelAnchors] = {}, softplus[kPanelAnchors] = {};
-    Sums<A>& sums = sums_[part.number];
-    for (int64_t k = anchors.first; k < anchors.last; ++k) {
-      const A total = sums.total[start + k];
-      limit[k] = total > 0 ? sums.largest[start + k] + std::log(total) : A(0);
+  // z of some anchors of a panel become s_ij, or 0 for the excluded key of an anchor.
+  void add_positives(KeyTile<A>& tile, int64_t start, Range anchors, int64_t position, int64_t split) {
+    const auto [first, count] = Columns(anchors);
+    A* const z = tile.z(first);
+    A lse[kPanelAnchors] = {}, sigmoids[kPanelAnchors] = {}, softplus[kPanelAnchors] = {};
+    Sums<A>& sums = sums_[split];
+    for (int64_t k = anchors.begin; k < anchors.end; ++k) {
+      if (has_negatives(start + k)) lse[k] = sums.row_max[start + k] + std::log(sums.sum_exp[start + k]);
     }
-    const auto skipped = [&](int64_t k) -> A* {
-      const int64_t key = excluded(start + k) - place;
-      return key >= 0 && key < tile.size() ? tile.z(k) + key * kPanelAnchors : nullptr;
+    const auto set_excluded = [&](A value) {
+      for (int64_t k = anchors.begin; k < anchors.end; ++k) {
+        const int64_t key = excluded(start + k) - position;
+        if (key >= 0 && key < tile.size()) tile.z(k)[key * kPanelAnchors] = value;
+      }
     };
-    for (int64_t k = anchors.first; k < anchors.last; ++k) {  // so large that it adds nothing
-      if (A* const one = skipped(k)) *one = std::numeric_limits<A>::max() / 4 * args_.temperature;
-    }
-    kernels_.column_positives(z, tile.size(), kPanelAnchors, columns.count, anchors_.inverse_temperature,
-                              limit + columns.first, sigmoids + columns.first, softplus + columns.first);
-    for (int64_t k = anchors.first; k < anchors.last; ++k) {
-      if (A* const one = skipped(k)) *one = 0;
-    }
-    if (bf16_ && args_.needs_grad) {
+    set_excluded(std::numeric_limits<A>::max() / 4 * args_.temperature);  // so large that it adds nothing
+    kernels_.column_positives(z, tile.size(), kPanelAnchors, count, anchors_.inverse_temperature, lse + first,
+                              sigmoids + first, softplus + first);
+    set_excluded(0);
+    if (bf16_ && gradient_) {
       std::fill_n(sigmoids, kPanelAnchors, A(0));
-      tile.round(columns.first, columns.count, sigmoids + columns.first);
+      tile.round(first, count, sigmoids + first);
     }
-    for (int64_t k = anchors.first; k < anchors.last; ++k) {
+    for (int64_t k = anchors.begin; k < anchors.end; ++k) {
       sums.softplus[start + k] += softplus[k];
       sums.sigmoids[start + k] += sigmoids[k];
     }
   }
 
   void merge_positives() {
-    std::vector<int64_t> keys(args_.queues[0].size(0));  // of each class
-    for_classes([&](const Tensor&, int64_t c, int64_t valid) { keys[c] += valid; });
     std::vector<A> sigmoids(anchors_.count);
     for (int64_t i = 0; i < anchors_.count; ++i) {
-      const int64_t own = keys[anchors_.label[i]];
+      const int64_t own = class_keys_[anchors_.label[i]];
       anchors_.positives[i] = own - (excluded(i) >= 0 && excluded(i) < own);
       if (!has_negatives(i)) continue;  // the loss is 0 whatever the positives are
       for (const Sums<A>& sums : sums_) {
@@ -311,38 +294,41 @@ class Stream {
         sigmoids[i] += sums.sigmoids[i];
       }
     }
-    if (!args_.needs_grad) return;
-    const std::vector<A> scale = anchors_.scales();
+    if (!gradient_) return;
+    const std::vector<A> scale = anchors_.grad_scales();
     for_anchors([&](int64_t i) {
       if (!has_negatives(i)) return;
-      A* const grad = anchors_.grad.template data_ptr<A>() + i * anchors_.dim;
-      // weights of negatives and of positives add up to the same, rounded or not
-      rows_.accumulate(scale[i] * sigmoids[i] / sums_[0].weights[i], sum_of(away_, {0, parts_}, i), anchors_.dim, grad);
-      for (int64_t p = 0; p < parts_; ++p) {
-        rows_.accumulate(-scale[i], sum_of(towards_, {p, parts_}, i), anchors_.dim, grad);
+      A* const grad = anchors_.grad.data() + i * anchors_.dim;
+      // the weights of negatives and of positives have the same sum, rounded or not
+      rows_.accumulate(scale[i] * sigmoids[i] / sums_[0].weights[i], sum_of(negative_sums_, 0, i), anchors_.dim, grad);
+      for (int64_t s = 0; s < splits_; ++s) {
+        rows_.accumulate(-scale[i], sum_of(positive_sums_, s, i), anchors_.dim, grad);
       }
     });
   }
 
-  bool has_negatives(int64_t i) const { return sums_[0].total[i] > 0; }
+  bool has_negatives(int64_t i) const { return class_keys_[anchors_.label[i]] < keys_; }
 
   SortedAnchors<A>& anchors_;
   const InfoNCE& args_;
   const cpu::PairKernels<A>& kernels_ = cpu::pair_kernels<A>();
   const cpu::RowKernels<A>& rows_ = cpu::row_kernels<A>();
-  const int64_t width_;  // channels and the zeros behind them
-  const bool bf16_;
-  const Tensor panels_;
-  const int64_t parts_;
-  std::vector<Sums<A>> sums_;  // of each part
-  Tensor away_, towards_;      // [parts, V, width] sums of e_in k_n over the negatives, of s_ij k_j over the positives
+  const bool gradient_;
+  const int64_t width_, splits_;  // channels and the zeros behind them
+  bool bf16_;
+  int64_t keys_ = 0;                              // valid ones
+  std::vector<int64_t> class_keys_;               // [C]
+  std::vector<A> panels_;                         // see panels_of
+  std::vector<c10::BFloat16> bf16_panels_;        // instead, with bf16_
+  std::vector<Sums<A>> sums_;                     // [splits]
+  std::vector<A> negative_sums_, positive_sums_;  // [splits, V, width] sums of e_in k_n and of s_ij k_j
 };
 
 }  // namespace
 
 template <class A>
 void contrast_queues(SortedAnchors<A>& anchors) {
-  Stream<A>(anchors).run();
+  if (anchors.count > 0) Stream<A>(anchors).run();
 }
 
 template void contrast_queues(SortedAnchors<float>&);

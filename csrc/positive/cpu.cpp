@@ -28,6 +28,7 @@ constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 template <class T>
 class PositiveCpu {
   using A = Acc<T>;
+  using Grad = cpu::GradOf<T>;
 
  public:
   explicit PositiveCpu(const Positive<T>& args)
@@ -35,9 +36,10 @@ class PositiveCpu {
         kernels_(cpu::row_kernels<A>()),
         classes_(args.classes),
         dim_(args.layout.dim),
+        grad_features_(static_cast<Grad*>(args.grad_features)),
         scale_(static_cast<A>(args.loss_weight / static_cast<double>(args.classes))),
-        stream_(cpu::RowBuffer<T>::in_place && args.layout.map_pixels == 0 &&
-                args.layout.pixels * args.layout.dim * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes),
+        stream_(cpu::RowBuffer<Grad>::in_place && args.layout.map_pixels == 0 &&
+                args.layout.pixels * args.layout.dim * static_cast<int64_t>(sizeof(Grad)) >= kStreamedBytes),
         // The sums for dLoss/dm take C*D numbers a piece; together they stay below an eighth of the features.
         pieces_(args.layout.pixels,
                 args.grad_mean ? std::min(kMostPieces, args.layout.pixels / (8 * classes_)) : kMostPieces,
@@ -176,6 +178,7 @@ class PositiveCpu {
   void contrast_rows(int64_t piece, int64_t begin, int64_t end) {
     constexpr int64_t most = 4;
     std::vector<cpu::RowBuffer<T>> buffers(most, cpu::RowBuffer<T>(dim_));
+    cpu::RowBuffer<Grad> result(dim_);
     Row rows[most];
     for (int64_t first = begin; first < end; first += most) {
       int64_t count = 0;
@@ -183,14 +186,14 @@ class PositiveCpu {
         if (active(i)) {
           rows[count] = look(piece, i, buffers[count].read(args_.features + i * dim_));
           ++count;
-        } else if (args_.grad_features) {
-          std::fill_n(args_.grad_features + i * dim_, dim_, T(0));
+        } else if (grad_features_) {
+          std::fill_n(grad_features_ + i * dim_, dim_, Grad(0));
         }
       }
       for (int64_t r = 0; r < count; ++r) {
-        T* const grad = args_.grad_features ? args_.grad_features + rows[r].pixel * dim_ : nullptr;
-        pull(piece, rows[r], grad ? buffers[r].target(grad) : nullptr);
-        if (grad) buffers[r].write(grad);
+        Grad* const grad = grad_features_ ? grad_features_ + rows[r].pixel * dim_ : nullptr;
+        pull(piece, rows[r], grad ? result.target(grad) : nullptr);
+        if (grad) result.write(grad);
       }
     }
   }
@@ -213,9 +216,9 @@ class PositiveCpu {
         }
       }
       for (int64_t r = 0; r < used; ++r) {
-        pull(piece, rows[r], args_.grad_features ? tile.row(rows[r].pixel - first) : nullptr);
+        pull(piece, rows[r], grad_features_ ? tile.row(rows[r].pixel - first) : nullptr);
       }
-      if (args_.grad_features) tile.write(args_.grad_features + offset, map_pixels, count);
+      if (grad_features_) tile.write(grad_features_ + offset, map_pixels, count);
       first += count;
     }
   }
@@ -259,6 +262,7 @@ class PositiveCpu {
   const Positive<T>& args_;
   const cpu::RowKernels<A>& kernels_;
   const int64_t classes_, dim_;
+  Grad* const grad_features_;
   const A scale_;
   const bool stream_;
   const cpu::Pieces pieces_;

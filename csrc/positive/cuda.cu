@@ -215,7 +215,7 @@ PositiveWork place_work(const Positive<T>& args, const PositivePlan& plan, Works
 template <class T>
 cudaError_t launch_contrast(const Positive<T>& args, PositiveWork work, int64_t blocks, cudaStream_t stream) {
   const FeatureLayout& layout = args.layout;
-  const MapsTile tile = layout.map_pixels ? maps_tile<T>(layout.dim) : MapsTile();
+  const MapsTile tile = layout.map_pixels ? maps_tile<GradOf<T>>(layout.dim) : MapsTile();
   int64_t shared = BlockSums::similarity_bytes(args.classes);
   shared += tile.width > 0 ? tile.bytes : args.grad_mean ? kRowsTileBytes : 0;
   const int64_t mean_sum = BlockSums::mean_sum_bytes(args.classes * layout.dim);

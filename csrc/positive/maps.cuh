@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   CU_SHARED(Pixel, pixels, [kMapsWidth]);
   CU_SHARED(PixelPull, pulls, [kMapsWidth]);
   const BlockSums sums = BlockSums::begin(args, work, shared);
-  T* const tile = reinterpret_cast<T*>(sums.tile);
+  using Grad = GradOf<T>;  // the tile holds features, then their gradient
+  Grad* const tile = reinterpret_cast<Grad*>(sums.tile);
   const int dim = static_cast<int>(args.layout.dim), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int own_pixel = threadIdx.x % width, own_channel = threadIdx.x / width, channels = kThreads / width;
   const int64_t map_pixels = args.layout.map_pixels;
@@ -67,7 +68,12 @@ __global__ void __launch_bounds__(kThreads, 4)
         }
         CU_UNROLL for (int k = 0; k < most; ++k) {
           const int d = first + k * channels;
-          if (d < dim) tile[own_pixel * stride + d] = number[k];
+          if (d >= dim) continue;
+          if constexpr (std::is_same_v<Grad, T>) {
+            tile[own_pixel * stride + d] = number[k];
+          } else {
+            tile[own_pixel * stride + d] = to_float(number[k]);
+          }
         }
       }
     }
@@ -101,10 +107,10 @@ __global__ void __launch_bounds__(kThreads, 4)
       int c = -1;
       float mean = 0;
       for (int p = 0; p < count; ++p) {
-        T* const number = tile + p * stride + d;
+        Grad* const number = tile + p * stride + d;
         const PixelPull pull = pulls[p];
         if (pull.c < 0) {
-          *number = from_float<T>(0.0f);
+          *number = from_float<Grad>(0.0f);
           continue;
         }
         if (pull.c != c) {
@@ -113,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         }
         const float feature = to_float(*number);
         if (args.grad_mean) sum.add(c, pull.share * feature);
-        *number = from_float<T>(pull.towards * mean + pull.along * feature);
+        *number = from_float<Grad>(pull.towards * mean + pull.along * feature);
       }
       if (args.grad_mean) sum.flush();
     }
@@ -122,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     // Each thread reads what it wrote into the tile before, so the next tile needs no barrier.
     if (args.grad_features && own_pixel < count) {
       for (int d = own_channel; d < dim; d += channels) {
-        args.grad_features[corner + static_cast<int64_t>(d) * map_pixels] = tile[own_pixel * stride + d];
+        static_cast<Grad*>(args.grad_features)[corner + static_cast<int64_t>(d) * map_pixels] =
+            tile[own_pixel * stride + d];
       }
     }
   }

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> positive(
   const auto loss = at::empty({}, sums), class_loss = at::empty({classes}, sums);
   const auto counts = at::empty({classes}, labels.options()), unknown = at::empty({}, labels.options());
   Tensor grad_features, grad_weight_logits, grad_mean;
-  if (features_grad) grad_features = empty_like_features(features);
+  if (features_grad) grad_features = empty_like_features(features, unscaled_grad(features));
   if (weight_logits_grad) grad_weight_logits = at::empty(shape, sums);
   if (mean_grad) grad_mean = at::empty(mean.sizes(), sums);
   Device::dispatch(features, "positive", [&](auto element, const auto& on) {
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> positive(
     args.class_loss = write<Acc<T>>(class_loss);
     args.counts = write<int64_t>(counts);
     args.unknown = write<int64_t>(unknown);
-    args.grad_features = write<T>(grad_features);
+    args.grad_features = write<void>(grad_features);
     args.grad_weight_logits = write<Acc<T>>(grad_weight_logits);
     args.grad_mean = write<Acc<T>>(grad_mean);
     run(args, on);

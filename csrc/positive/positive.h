@@ -32,7 +32,7 @@ struct Positive {
   Acc<T>* class_loss;            // [C] L, 0 where a class takes no part
   int64_t* counts;               // [C] valid pixels
   int64_t* unknown;              // [] labels that are neither a class nor ignore_index
-  T* grad_features;              // like features, or null
+  void* grad_features;           // like features, of GradOf<T>; or null
   Acc<T>* grad_weight_logits;    // [P] or null
   Acc<T>* grad_mean;             // [C, D] or null
 };

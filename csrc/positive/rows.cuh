@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           row[r].load(args.features + place.at(first_pixel + r), place.number_stride, first, dim);
         }
         if (args.grad_features && first_pixel + r < args.layout.pixels) {
-          T* const grad = args.grad_features + place.at(first_pixel + r);
+          auto* const grad = static_cast<GradOf<T>*>(args.grad_features) + place.at(first_pixel + r);
           if (c[r] >= 0) {
             const float* const mean = args.mean + static_cast<int64_t>(c[r]) * dim;
             row[r].store_combination(along, towards, mean, first, dim, grad, place.number_stride);

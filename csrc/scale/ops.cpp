@@ -5,14 +5,6 @@ namespace pixcontrast {
 namespace {
 
 #ifdef PIXCONTRAST_WITH_CUDA
-Dtype dtype_of(const Tensor& t) {
-  if (t.scalar_type() == at::kBFloat16) return Dtype::kBFloat16;
-  if (t.scalar_type() == at::kHalf) return Dtype::kHalf;
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, "tensors must be float32, bfloat16 or float16, got ",
-                   t.scalar_type());
-  return Dtype::kFloat;
-}
-
 void scale(at::TensorList tensors, const Tensor& factor_) {
   const auto factor = checked(factor_, "factor", {}, at::kFloat, factor_.device());
   TORCH_CHECK_VALUE(tensors.size() <= kMostScaled, "at most ", kMostScaled, " tensors, got ", tensors.size());
@@ -21,7 +13,8 @@ void scale(at::TensorList tensors, const Tensor& factor_) {
   for (const Tensor& t : tensors) {
     TORCH_CHECK_VALUE(t.is_non_overlapping_and_dense() && t.device() == factor.device(),
                       "tensors must be dense and on ", factor.device());
-    args.tensor[args.tensors++] = {write<void>(t), t.numel(), dtype_of(t)};
+    TORCH_CHECK_TYPE(t.scalar_type() != at::kDouble, "tensors must be float32, bfloat16 or float16, got float64");
+    args.tensor[args.tensors++] = {write<void>(t), t.numel(), dtype_of(t, "tensors")};
   }
   Cuda::dispatch(factor, "scale_", [&](auto element, const Cuda& device) {
     if constexpr (std::is_same_v<decltype(element), float>) {

@@ -2,8 +2,7 @@
 // read, and is 1 for most losses.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -11,8 +10,6 @@
 namespace pixcontrast {
 
 constexpr int kMostScaled = 4;  // tensors of one launch
-
-enum class Dtype { kFloat, kBFloat16, kHalf };
 
 struct Scale {
   struct {

@@ -37,8 +37,13 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     return guarded
 
 
-def scaled(grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor | None) -> list[Tensor | None]:
+def scaled(
+    grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor | None, dtype: torch.dtype
+) -> list[Tensor | None]:
     """Gradients, which forward computed for ``grad_output = 1``, times ``grad_output``.
+
+    The first is that of the features, which have this ``dtype``. Of float16 features it is stored in float32, because
+    under loss scaling only the product is in the range of float16; then it is multiplied and rounded in one operation.
 
     In place, unless the graph is kept and they may be asked for again. A CPU reads ``grad_output`` and skips a factor
     of one; on CUDA one kernel scales all of them, because reading it would wait for the device.
@@ -46,15 +51,30 @@ def scaled(grads: Iterable[Tensor], needed: Iterable[bool], grad_output: Tensor 
     if grad_output is None:  # the loss is not used
         return [None for _ in needed]
     wanted = [grad if need else None for need, grad in zip(needed, grads, strict=True)]
-    written = [grad for grad in wanted if grad is not None]
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
-    if grad_output.device.type != "cpu":
-        torch.ops.pixcontrast.scale_(written, grad_output)
-    elif grad_output.item() != 1:
-        for grad in written:
-            grad.mul_(grad_output.to(grad.dtype))
-    return wanted
+    if torch.compiler.is_compiling():
+        scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
+        return [None if scaled[0] is None else scaled[0].to(dtype), *scaled[1:]]
+    rounded = wanted[0]
+    if rounded is not None and rounded.dtype != dtype:
+        rounded = torch.mul(rounded, grad_output, out=torch.empty_like(rounded, dtype=dtype))
+        wanted[0] = None
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        wanted = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
+    else:
+        written = [grad for grad in wanted if grad is not None]
+        if not written:
+            return [rounded, *wanted[1:]]
+        if grad_output.device.type != "cpu":
+            torch.ops.pixcontrast.scale_(written, grad_output)
+        elif grad_output.item() != 1:
+            for grad in written:
+                grad.mul_(grad_output.to(grad.dtype))
+    return [rounded if wanted[0] is None else wanted[0], *wanted[1:]]
+
+
+def unscaled_grad(features: Tensor) -> Tensor:
+    """For the gradient of ``features`` for ``grad_output = 1``: that of float16 is in float32, see :func:`scaled`."""
+    return torch.empty_like(features, dtype=torch.float32 if features.dtype == torch.float16 else None)
 
 
 if available():

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_float, check_int64, check_key_count, check_like, check_queue
+from ..checks import check_excluded, check_float, check_int64, check_key_count, check_like, check_queue
 from ..select import Anchors
 from . import available, uses_extension
-from .autograd import differentiable_once, scaled
+from .autograd import differentiable_once, scaled, unscaled_grad
 
 
 class InfoNCEOutput(NamedTuple):
@@ -45,14 +45,15 @@ def infonce_contrast(
         anchors: which pixels, of which class.
         queues: ``[C, N_q, D]`` each, constants; none: the anchors contrast each other.
         queue_counts: ``[C]`` int64 each, valid rows of each class; ``None``: all.
-        excluded: ``[R]`` int64, a key of the own class that is no positive (-1: none).
+        excluded: ``[R]`` int64, a key of the own class that is no positive (-1: none), counted over the queues one
+            after the other. Beyond the keys of the class: an error on CPUs, without effect on CUDA.
         temperature: divides the similarities.
         base_temperature: the loss is multiplied by ``temperature / base_temperature``.
         loss_weight: factor of the loss.
         backend: ``"auto"``, ``"extension"`` or ``"reference"``.
 
     Returns:
-        :class:`InfoNCEOutput`. The gradient reaches ``features`` alone.
+        :class:`InfoNCEOutput`. The gradient reaches ``features`` alone. Anchors and keys that are not finite give NaN.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
@@ -73,6 +74,8 @@ def infonce_contrast(
     for queue, counts in zip(queues, queue_counts, strict=True):
         check_like("counts", counts, (queue.shape[0],), queue.device)
         check_int64("counts", counts)
+    if excluded is not None:
+        check_excluded(excluded, anchors, queue_counts)
     constants = [queue.detach() for queue in queues]
     features = features if torch.is_grad_enabled() else features.detach()
     if uses_extension(backend, features.device, features.dtype):
@@ -110,14 +113,16 @@ class InfoNCE(torch.autograd.Function):
             features, index, labels, queues, counts, excluded, temperature, base_temperature, loss_weight, *ctx.needs
         )
         ctx.save_for_backward(grad)
+        ctx.dtype = features.dtype
         ctx.inputs = 7 + len(queues_and_counts)
         ctx.mark_non_differentiable(anchor_loss, positives)
+        ctx.set_materialize_grads(False)  # no zeros for these
         return loss, anchor_loss, positives
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (features,) = scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        (features,) = scaled(ctx.saved_tensors, ctx.needs, grad_loss, ctx.dtype)
         return features, *[None] * (ctx.inputs - 1)
 
 
@@ -141,5 +146,5 @@ if available():
             features.new_empty((), dtype=dtype),
             features.new_empty(index.shape, dtype=dtype),
             torch.empty_like(index),
-            torch.empty_like(features) if features_grad else features.new_empty(0),
+            unscaled_grad(features) if features_grad else features.new_empty(0),
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_float, check_int64, check_label_values, check_like, check_pixels_and_labels, check_queue
 from . import available, uses_extension
-from .autograd import differentiable_once, scaled
+from .autograd import differentiable_once, scaled, unscaled_grad
 from .class_mean import memory_mean
 
 
@@ -149,6 +149,7 @@ class Positive(torch.autograd.Function):
             features, labels, weight_logits, mean, counts, loss_weight, ignore_index, *ctx.needs
         )
         ctx.save_for_backward(*grads)
+        ctx.dtype = features.dtype
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
         ctx.set_materialize_grads(False)  # no zeros for these
         return loss, class_loss, pixels, unknown
@@ -156,7 +157,7 @@ class Positive(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        features, weight_logits, mean = scaled(ctx.saved_tensors, ctx.needs, grad_loss)
+        features, weight_logits, mean = scaled(ctx.saved_tensors, ctx.needs, grad_loss, ctx.dtype)
         return features, None, weight_logits, mean, None, None, None
 
 
@@ -182,7 +183,7 @@ if available():
             features.new_empty((classes,), dtype=dtype),
             labels.new_empty((classes,)),
             labels.new_empty(()),
-            torch.empty_like(features) if features_grad else features.new_empty(0),
+            unscaled_grad(features) if features_grad else features.new_empty(0),
             features.new_empty(labels.shape if weight_logits_grad else 0, dtype=dtype),
             torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
         )

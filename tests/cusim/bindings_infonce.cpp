@@ -1,6 +1,6 @@
 // InfoNCE for the tests, with up to two queues. Types are 0 for float, 1 for bfloat16, 2 for half. Without a workspace
 // a call only says in *needed how many bytes it needs.
-#include "infonce/infonce_cuda.h"
+#include "infonce/infonce.h"
 
 using namespace pixcontrast;
 
@@ -12,21 +12,17 @@ extern "C" int run_infonce(int64_t feature_type, int64_t queue_type, int64_t all
                            const int64_t* index, const int64_t* labels, const int64_t* excluded, float* loss,
                            float* anchor_loss, int64_t* positives, void* grad_features, void* workspace,
                            int64_t* needed) {
-  InfoNCECuda args{};
+  InfoNCE args{};
   args.layout = {pixels, dim, map_pixels};
   args.count = count;
-  args.classes = classes;
   args.queues = static_cast<int>(queues);
-  args.queue[0] = {queue0, capacity0, counts0};
-  args.queue[1] = {queue1, capacity1, counts1};
-  args.feature_type = static_cast<Storage>(feature_type);
-  args.queue_type = static_cast<Storage>(queue_type);
+  args.queue[0] = {queue0, counts0, capacity0, static_cast<Dtype>(queue_type)};
+  args.queue[1] = {queue1, counts1, capacity1, static_cast<Dtype>(queue_type)};
+  args.classes = classes;
   args.temperature = temperature;
   args.base_temperature = base_temperature;
   args.loss_weight = loss_weight;
-  args.allow_tf32 = allow_tf32 != 0;
-  args.capability = static_cast<int>(capability);
-  args.shared_memory = shared_memory;
+  args.dtype = static_cast<Dtype>(feature_type);
   args.features = features;
   args.index = index;
   args.labels = labels;
@@ -35,7 +31,8 @@ extern "C" int run_infonce(int64_t feature_type, int64_t queue_type, int64_t all
   args.anchor_loss = anchor_loss;
   args.positives = positives;
   args.grad_features = grad_features;
-  if (workspace) return infonce_cuda(args, workspace, static_cast<int>(sm_count), nullptr);
-  const auto bytes = static_cast<int64_t>(infonce_cuda_workspace(args, static_cast<int>(sm_count)));
+  const InfoNCEDevice device{static_cast<int>(sm_count), static_cast<int>(capability), shared_memory, allow_tf32 != 0};
+  if (workspace) return infonce_cuda(args, device, workspace, nullptr);
+  const auto bytes = static_cast<int64_t>(infonce_cuda_workspace(args, device));
   return cudaMemcpyAsync(needed, &bytes, sizeof(bytes), cudaMemcpyHostToDevice, nullptr);
 }

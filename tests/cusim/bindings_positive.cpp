@@ -35,7 +35,7 @@ extern "C" int64_t run_positive(int64_t type, int64_t sm_count, int64_t pixels, 
                            class_loss,
                            class_pixels,
                            unknown,
-                           static_cast<T*>(grad_features),
+                           grad_features,
                            grad_weights,
                            grad_mean};
     if (!workspace) return store_bytes(bytes, positive_cuda_workspace(args, static_cast<int>(sm_count)));

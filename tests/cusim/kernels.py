@@ -40,6 +40,11 @@ SAME_BITS = [way for way in WAYS if way.build == WAYS[0].build] if "gpu" not in 
 Array = np.ndarray | torch.Tensor
 
 
+def grad_dtype(features: torch.Tensor) -> torch.dtype:
+    """How kernels store the gradient of features that is multiplied by grad_output later."""
+    return torch.float32 if features.dtype == torch.float16 else features.dtype
+
+
 class KernelError(Exception):
     """What the runtime or a sanitizer found."""
 

@@ -99,12 +99,50 @@ def test_any_norm_stays_finite(
     torch.testing.assert_close(result.loss.double(), formula(case, torch.float64).loss, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("dim", "dtype"), [*TENSOR, (5, BF16)])
+def test_what_is_not_finite_reaches_the_loss(
+    kernels: KernelsOf, dim: int, dtype: torch.dtype, value: float, gradient: bool
+) -> None:
+    anchor = make_case(dim, dtype, tf32=True, classes=2, anchors=20, capacities=(6,))
+    each_other = make_case(dim, dtype, tf32=True, classes=2, anchors=20, capacities=())
+    key = make_case(dim, dtype, tf32=True, classes=2, anchors=20, capacities=(6,))
+    for case in (anchor, each_other):
+        case.features[case.index[0], 3] = value
+    key.queues[0][1, 0, 3] = value
+    for case in (anchor, each_other, key):
+        case.gradient = gradient
+        result = run(kernels("infonce"), PLAIN, case)
+        assert result.loss.isnan()
+        if gradient:
+            assert result.grad[case.index[0]].isnan().any()
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [*TENSOR, (5, BF16)])
+def test_an_anchor_without_negatives_has_no_loss_whatever_its_keys_are(
+    kernels: KernelsOf, dim: int, dtype: torch.dtype
+) -> None:
+    case = make_case(dim, dtype, tf32=True, classes=2, anchors=20, capacities=(6,))
+    case.labels, case.counts = torch.zeros_like(case.labels), [torch.tensor([6, 0])]
+    case.queues[0][:] = torch.nan
+    each_other = replace(case, queues=[], counts=[], excluded=None)
+    each_other.features[case.index[0]] = torch.nan
+    for each in (case, each_other):
+        result = run(kernels("infonce"), PLAIN, each)
+        assert result.loss == 0 and not result.anchor_loss.any() and not result.grad.any() and result.positives.any()
+
+
+@pytest.mark.parametrize("each_other", [False, True])
 @pytest.mark.parametrize("dim", [5, 16])
-def test_what_is_no_number_is_not_hidden(kernels: KernelsOf, dim: int) -> None:
-    for capacities in ((6,), ()):
-        case = make_case(dim, BF16, classes=2, anchors=20, capacities=capacities)
-        case.features[case.index[0]] = torch.nan
-        assert run(kernels("infonce"), PLAIN, case).loss.isnan()
+def test_half_gradients_are_not_rounded_before_the_loss_scale(kernels: KernelsOf, dim: int, each_other: bool) -> None:
+    case = make_case(dim, HALF, anchors=60, capacities=() if each_other else (70, 9))
+    case.loss_weight = 1e-8  # gradients as small as those of many anchors
+    result, truth = run(kernels("infonce"), PLAIN, case), formula(case, torch.float64).grad
+    assert not truth.half().any() and result.grad.any()
+    check(case, result)
+    expected = (truth * 65536).half().float()
+    torch.testing.assert_close((result.grad * 65536).half().float(), expected, rtol=2**-9, atol=2e-3 * expected.max())
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cusim.kernels import SAME_BITS, Kernels, Way
-from cusim.positive_cases import PLAIN, TYPES, Case, as_maps, check, make_case, run
+from cusim.positive_cases import PLAIN, TYPES, Case, as_maps, check, formula, make_case, run
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,28 @@ def test_maps(positive: Kernels, dim: int, classes: int, dtype: torch.dtype):
 def test_every_way(positive: Kernels, way: Way, maps: tuple[int, int] | None):
     case = make_case(40, 6, torch.float32, maps, pixels=90)
     check(run(positive, way, case), case)
+
+
+@pytest.mark.parametrize("gradients", [("features",), ("weight_logits",)])
+def test_every_way_without_the_barriers_of_the_mean(positive: Kernels, way: Way, gradients: tuple[str, ...]):
+    case = replace(make_case(40, 6, torch.float32, pixels=90), gradients=gradients)
+    check(run(positive, way, case), case)
+
+
+def test_more_pixels_than_one_grid_of_the_last_kernel(positive: Kernels):
+    case = make_case(3, 2, torch.float32, pixels=2500)  # two blocks of 1024 threads on one multiprocessor
+    check(run(positive, PLAIN, case), case)
+
+
+@pytest.mark.parametrize("maps", [None, (2, 37)])
+@pytest.mark.parametrize("dim", [16, 257])
+def test_half_gradients_are_not_rounded_before_the_loss_scale(positive: Kernels, dim: int, maps):
+    case = replace(make_case(dim, 5, torch.float16, maps), loss_weight=1e-7)  # as small as those of many pixels
+    result, truth = run(positive, PLAIN, case), formula(case, torch.float64)["features"]
+    assert not truth.half().any() and result["features"].any()
+    check(result, case)
+    expected = (truth * 65536).half().float()
+    torch.testing.assert_close((result["features"] * 65536).half().float(), expected, rtol=2**-9, atol=2**-24)
 
 
 @pytest.mark.parametrize("maps", [None, (2, 20)])

@@ -14,7 +14,7 @@ struct PairKernels {
 
   // The largest of z, count > 0.
   A (*largest)(const A* z, int64_t count);
-  // z = e^(scale z - shift), for shift >= scale z; returns their sum.
+  // z = e^(scale z - shift), for shift >= scale z; returns their sum. Here and below, z that is not finite gives NaN.
   A (*exponentials)(A* z, int64_t count, A scale, A shift);
   // z = sigma(away - scale z); returns their sum, and adds the sum of log(1 + e^(away - scale z)) to *softplus.
   A (*positives)(A* z, int64_t count, A scale, A away, A* softplus);

@@ -66,10 +66,18 @@ PIXCONTRAST_TARGET A largest(const A* z, int64_t count) {
   return top;
 }
 
+// x, or NaN where it is not finite, so that no maximum, exponential or sigmoid hides an infinite similarity.
+template <class V>
+PIXCONTRAST_INLINE V finite_or_nan(V x) {
+  const V zero{};
+  return x + zero * x;
+}
+
 template <class A>
 PIXCONTRAST_TARGET A exponentials(A* z, int64_t count, A scale, A shift) {
   for (int64_t i = 0; i < count; i += Vector<A>::lanes) {
-    store_some(z + i, count - i, exp_nonpositive(load_some(z + i, count - i) * scale - shift));
+    const typename Vector<A>::type x = finite_or_nan(typename Vector<A>::type(load_some(z + i, count - i) * scale));
+    store_some(z + i, count - i, exp_nonpositive(x - shift));
   }
   return sum(z, count);
 }
@@ -81,6 +89,7 @@ constexpr int64_t kFactors = 64;
 // What becomes of x = away - scale z: returns sigma(x), adds max(x, 0) to *above, multiplies *factor by 1 + e^-|x|.
 template <class V>
 PIXCONTRAST_INLINE V positive_pair(V x, V* above, V* factor) {
+  x = finite_or_nan(x);
   const V zero{}, e = exp_nonpositive(x < 0 ? x : -x), one = 1 + e;
   *above += x < 0 ? zero : x;
   *factor *= one;
@@ -130,7 +139,7 @@ PIXCONTRAST_TARGET void column_exponentials(A* z, int64_t keys, int64_t stride, 
     V total{};
     for (int64_t j = 0; j < keys; ++j) {
       A* const at = z + j * stride + column;
-      const V e = exp_nonpositive(LOAD(at) * scale - away);
+      const V e = exp_nonpositive(finite_or_nan(V(LOAD(at) * scale)) - away);
       STORE(at, e);
       total += e;
     }

@@ -1,6 +1,8 @@
 // Rows in the dtype that sums are kept in, wherever and however they are stored.
 #pragma once
 
+#include <c10/util/Half.h>
+
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -21,6 +23,9 @@ void convert(const From* from, int64_t count, To* to) {
   }
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
+
+template <class T>
+using GradOf = pixcontrast::GradOf<T, c10::Half>;
 
 // Room for one row, or some that follow each other; what is stored in the right dtype is read and written in place.
 template <class T>
@@ -69,7 +74,8 @@ class PixelTile {
     if (count == width) return copy_in(map, map_pixels, std::integral_constant<int64_t, width>());
     copy_in(map, map_pixels, count);
   }
-  void write(T* map, int64_t map_pixels, int64_t count) {
+  template <class To>
+  void write(To* map, int64_t map_pixels, int64_t count) {
     if (count == width) return copy_out(map, map_pixels, std::integral_constant<int64_t, width>());
     copy_out(map, map_pixels, count);
   }
@@ -80,10 +86,10 @@ class PixelTile {
     for (int64_t d = 0; d < dim_; ++d)
       for (int64_t p = 0; p < count; ++p) room_[p * stride_ + d] = static_cast<A>(map[d * map_pixels + p]);
   }
-  template <class Count>
-  void copy_out(T* map, int64_t map_pixels, Count count) {
+  template <class To, class Count>
+  void copy_out(To* map, int64_t map_pixels, Count count) {
     for (int64_t d = 0; d < dim_; ++d)
-      for (int64_t p = 0; p < count; ++p) map[d * map_pixels + p] = static_cast<T>(room_[p * stride_ + d]);
+      for (int64_t p = 0; p < count; ++p) map[d * map_pixels + p] = static_cast<To>(room_[p * stride_ + d]);
   }
 
   int64_t dim_, stride_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/cuda/device.cuh"
+#include "common/layout.h"
 
 namespace pixcontrast::cuda {
 
@@ -24,6 +25,9 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half(x);
 }
+
+template <class T>
+using GradOf = pixcontrast::GradOf<T, __half>;
 
 // Numbers of T in 16 bytes.
 template <class T>

@@ -103,20 +103,22 @@ struct RowChunk {
   }
 
   // out = alpha x + beta y
-  __device__ __forceinline__ void store_combination(float alpha, float beta, const float* y, int first, int dim, T* out,
-                                                    int64_t stride) const {
+  template <class Out>
+  __device__ __forceinline__ void store_combination(float alpha, float beta, const float* y, int first, int dim,
+                                                    Out* out, int64_t stride) const {
     Shape::for_columns(first, dim, [&](int slot, int column) {
       const auto other = load_few<kWidth>(y + column);
-      Few<T, kWidth> result;
+      Few<Out, kWidth> result;
       CU_UNROLL for (int i = 0; i < kWidth; ++i) {
-        result.x[i] = from_float<T>(alpha * to_float(x[slot].x[i]) + beta * other.x[i]);
+        result.x[i] = from_float<Out>(alpha * to_float(x[slot].x[i]) + beta * other.x[i]);
       }
       write_few(at(out, stride, column), result);
     });
   }
 
-  static __device__ __forceinline__ void store_zeros(int first, int dim, T* out, int64_t stride) {
-    Shape::for_columns(first, dim, [&](int, int column) { write_few(at(out, stride, column), Few<T, kWidth>{}); });
+  template <class Out>
+  static __device__ __forceinline__ void store_zeros(int first, int dim, Out* out, int64_t stride) {
+    Shape::for_columns(first, dim, [&](int, int column) { write_few(at(out, stride, column), Few<Out, kWidth>{}); });
   }
 
   // out = alpha x, dense.

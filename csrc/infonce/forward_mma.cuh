@@ -1,8 +1,8 @@
-// A pass of InfoNCE on tensor cores, for D up to kDim with D a multiple of 16 (as in flash attention). A warp has 16
-// anchors; their sums over keys stay in registers, the anchors in shared memory, and tiles of keys come through two
-// buffers by asynchronous copies. One barrier a tile: copies into a buffer start when all warps have left it.
+// The forward kernel of InfoNCE on tensor cores, for D up to kDim with D a multiple of 16. A warp has 16 anchors; their
+// key sums stay in registers, the anchors in shared memory, and tiles of keys come through two buffers by asynchronous
+// copies. One barrier a tile: copies into a buffer start when all warps have left it.
 //
-// What binds is reading shared memory, 128 bytes a cycle: a warp reads its anchors once and a tile of keys twice for
+// The limit is reading shared memory, 128 bytes a cycle: a warp reads its anchors once and a tile of keys twice for
 // each tile. On an H100 (132 multiprocessors, 1.75 GHz) with D = 256:
 //   bfloat16  72 KB for 16 x 64 pairs: 0.46 ms or more for 1023 x 190000 pairs, whose multiplications alone take
 //             mma.sync about 0.32 ms. Blocks have 4 warps, 96 KB and 255 registers a thread; two on a multiprocessor,
@@ -11,18 +11,18 @@
 // Few anchors: 64 KB of keys are under way on a multiprocessor, so that 38 x 190000 pairs go at the speed of memory.
 #pragma once
 
-#include "infonce/pass.cuh"
+#include "infonce/forward.cuh"
 
 namespace pixcontrast::cuda {
 
-// Rows of kDim numbers of T in shared memory; rows and columns beyond the data are zero. 16-byte chunks of a row trade
+// Rows of kDim elements of T in shared memory; rows and columns beyond the data are zero. 16-byte chunks of a row trade
 // places so that every read below takes its eight rows from different banks.
 template <class T, int kDim>
 struct SharedRows {
   static constexpr int kChunks = kDim / kPack<T>;
 
-  // The numbers from `column` on.
-  static __device__ __forceinline__ int place(int row, int column) {
+  // The element at `column`.
+  static __device__ __forceinline__ int offset(int row, int column) {
     const int swap = sizeof(T) == 2 ? row % 8 : (row % 4 * 2) ^ (row & 4);
     return row * kDim + ((column / kPack<T>)^swap) * kPack<T> + column % kPack<T>;
   }
@@ -34,22 +34,18 @@ struct SharedRows {
     const int first = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kPack<T>;
     from += int64_t{first} * dim + column;
     CU_UNROLL for (int row = first; row < first + Rows; row += kStep) {
-      cu_cp_async16(to + place(row, column), from, row < rows && column < dim ? 16 : 0);
+      cu_cp_async16(to + offset(row, column), from, row < rows && column < dim ? 16 : 0);
       from += int64_t{kStep} * dim;
     }
   }
 };
 
-// What the two number formats have of their own: how a warp multiplies.
+// The products of a warp. bfloat16 and half: fragments by ldmatrix; weights, rounded to T, are multiplied from the
+// registers they are in.
 template <class T, int kDim>
-struct TensorTile;
-
-// bfloat16 and half: fragments by ldmatrix; weights, rounded to T, are multiplied from the registers they are in.
-template <class T, int kDim>
-struct HalfTile {
-  using Number = T;
+struct WarpGemm {
   using Rows = SharedRows<T, kDim>;
-  static constexpr int kWarps = 4, kTileKeys = 64, kBlocks = 2;
+  static constexpr int kWarps = 4, kTileKeys = 64, kBlocksPerSm = 2;
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (std::is_same_v<T, __half>) {
@@ -61,23 +57,23 @@ struct HalfTile {
 
   static __device__ __forceinline__ uint32_t pair(float first, float second) {
     union {
-      T numbers[2];
+      T elements[2];
       uint32_t bits;
     };
-    numbers[0] = from_float<T>(first);
-    numbers[1] = from_float<T>(second);
+    elements[0] = from_float<T>(first);
+    elements[1] = from_float<T>(second);
     return bits;
   }
 
   // z = anchors [16, kDim] keys^T
-  static __device__ __forceinline__ void compare(float (&z)[kTileKeys / 8][4], const T* anchors, const T* keys) {
+  static __device__ __forceinline__ void gemm_qk(float (&z)[kTileKeys / 8][4], const T* anchors, const T* keys) {
     const int lane = threadIdx.x % 32;
     CU_UNROLL for (int column = 0; column < kDim; column += 16) {
       uint32_t a[4];
-      cu_ldmatrix<4, false>(a, anchors + Rows::place(lane % 16, column + lane / 16 * 8));
+      cu_ldmatrix<4, false>(a, anchors + Rows::offset(lane % 16, column + lane / 16 * 8));
       CU_UNROLL for (int n = 0; n < kTileKeys / 8; n += 2) {
         uint32_t b[4];
-        cu_ldmatrix<4, false>(b, keys + Rows::place(n * 8 + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+        cu_ldmatrix<4, false>(b, keys + Rows::offset(n * 8 + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
         multiply(z[n], a, {b[0], b[1]});
         multiply(z[n + 1], a, {b[2], b[3]});
       }
@@ -85,49 +81,44 @@ struct HalfTile {
   }
 
   // sums += weights keys
-  static __device__ __forceinline__ void add(float (&sums)[kDim / 8][4], const float (&w)[kTileKeys / 8][4],
-                                             const T* keys) {
+  static __device__ __forceinline__ void gemm_pv(float (&sums)[kDim / 8][4], const float (&w)[kTileKeys / 8][4],
+                                                 const T* keys) {
     const int lane = threadIdx.x % 32;
     CU_UNROLL for (int n = 0; n < kTileKeys / 8; n += 2) {
       const uint32_t a[4] = {pair(w[n][0], w[n][1]), pair(w[n][2], w[n][3]), pair(w[n + 1][0], w[n + 1][1]),
                              pair(w[n + 1][2], w[n + 1][3])};
       CU_UNROLL for (int column = 0; column < kDim; column += 16) {
         uint32_t b[4];
-        cu_ldmatrix<4, true>(b, keys + Rows::place(n * 8 + lane % 16, column + lane / 16 * 8));
+        cu_ldmatrix<4, true>(b, keys + Rows::offset(n * 8 + lane % 16, column + lane / 16 * 8));
         multiply(sums[column / 8], a, {b[0], b[1]});
         multiply(sums[column / 8 + 1], a, {b[2], b[3]});
       }
     }
   }
 
-  // What numbers (n, i) and (n, i + 1), i even, of this lane belong to.
+  // The anchor, key and channel of this lane's fragment elements (n, i).
   static __device__ __forceinline__ int anchor(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
   static __device__ __forceinline__ int key(int n, int i) { return n * 8 + threadIdx.x % 4 * 2 + i % 2; }
   static __device__ __forceinline__ int channel(int n, int i) { return key(n, i); }
 };
-template <int kDim>
-struct TensorTile<__nv_bfloat16, kDim> : HalfTile<__nv_bfloat16, kDim> {};
-template <int kDim>
-struct TensorTile<__half, kDim> : HalfTile<__half, kDim> {};
 
 // float as tf32. What a product sums over may be counted in any order, and so may its rows and columns: so that every
-// lane reads 16 bytes at a time, place k = t and t + 4 of a fragment are neighbours (channels 4t.. of two fragments,
+// lane reads 16 bytes at a time, index k = t and t + 4 of a fragment are neighbours (channels 4t.. of two fragments,
 // keys as the weights lie in registers) and column g of four fragments are channels 4g... The hardware drops the low
 // bits of keys; anchors come rounded, weights are rounded here.
 template <int kDim>
-struct TensorTile<float, kDim> {
-  using Number = float;
+struct WarpGemm<float, kDim> {
   using Rows = SharedRows<float, kDim>;
-  static constexpr int kWarps = 8, kTileKeys = 32, kBlocks = 1;
+  static constexpr int kWarps = 8, kTileKeys = 32, kBlocksPerSm = 1;
 
   static __device__ __forceinline__ float4 load(const float* rows, int row, int column) {
-    return *reinterpret_cast<const float4*>(rows + Rows::place(row, column));
+    return *reinterpret_cast<const float4*>(rows + Rows::offset(row, column));
   }
   static __device__ __forceinline__ uint32_t bits(float x) { return __float_as_uint(x); }
   // Rows g of eight, so that even and odd ones come from different banks, as do four even or four odd ones.
   static __device__ __forceinline__ int spread(int g) { return g / 2 + g % 2 * 4; }
 
-  static __device__ __forceinline__ void compare(float (&z)[kTileKeys / 8][4], const float* anchors,
+  static __device__ __forceinline__ void gemm_qk(float (&z)[kTileKeys / 8][4], const float* anchors,
                                                  const float* keys) {
     const int g = spread(threadIdx.x % 32 / 4), t = threadIdx.x % 4;
     CU_UNROLL for (int column = 0; column < kDim; column += 16) {
@@ -142,8 +133,8 @@ struct TensorTile<float, kDim> {
     }
   }
 
-  static __device__ __forceinline__ void add(float (&sums)[kDim / 8][4], const float (&w)[kTileKeys / 8][4],
-                                             const float* keys) {
+  static __device__ __forceinline__ void gemm_pv(float (&sums)[kDim / 8][4], const float (&w)[kTileKeys / 8][4],
+                                                 const float* keys) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     CU_UNROLL for (int n = 0; n < kTileKeys / 8; ++n) {
       const uint32_t a[4] = {cu_to_tf32(w[n][0]), cu_to_tf32(w[n][2]), cu_to_tf32(w[n][1]), cu_to_tf32(w[n][3])};
@@ -164,81 +155,81 @@ struct TensorTile<float, kDim> {
   }
 };
 
-// Anchors of a block, threads, bytes of shared memory.
-template <class Tile>
-constexpr int kTensorRows = 16 * Tile::kWarps;
-template <class Tile>
-constexpr int kTensorThreads = 32 * Tile::kWarps;
-
 template <class T, int kDim>
-constexpr size_t kTensorShared =
-    size_t{kTensorRows<TensorTile<T, kDim>> + 2 * TensorTile<T, kDim>::kTileKeys} * kDim * sizeof(T);
+struct MmaTraits {
+  using Key = T;
+  using Gemm = WarpGemm<T, kDim>;
+  static constexpr int kMaxDim = kDim, kRows = 16 * Gemm::kWarps, kTileKeys = Gemm::kTileKeys;
+  static constexpr int kThreads = 32 * Gemm::kWarps, kBlocksPerSm = Gemm::kBlocksPerSm;
+  static constexpr size_t kSharedBytes = size_t{kRows + 2 * kTileKeys} * kDim * sizeof(T);
+};
 
-template <class T, int kDim>
-__global__ void __launch_bounds__(kTensorThreads<TensorTile<T, kDim>>, TensorTile<T, kDim>::kBlocks)
-    tensor_pass(const __grid_constant__ Pass pass) {
+template <class Traits, Pass kPass>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+    infonce_forward_mma(const __grid_constant__ InfoNCEParams params) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  using Tile = TensorTile<T, kDim>;
-  using Rows = SharedRows<T, kDim>;
-  constexpr int kRows = kTensorRows<Tile>, kThreads = kTensorThreads<Tile>, kKeys = Tile::kTileKeys;
+  using T = typename Traits::Key;
+  using Gemm = typename Traits::Gemm;
+  using Rows = typename Gemm::Rows;
+  constexpr int kRows = Traits::kRows, kThreads = Traits::kThreads, kKeys = Traits::kTileKeys, kDim = Traits::kMaxDim;
   CU_DYN_SHARED(T, shared);
   T* const keys = shared + kRows * kDim;
 
-  const int first_row = blockIdx.x * kRows, count = *pass.count;
+  const int first_row = blockIdx.x * kRows, count = *params.valid_anchors, dim = static_cast<int>(params.layout.dim);
   if (first_row >= count) return;  // the whole block
   const int rows = min(kRows, count - first_row);
-  const int2 tiles = tiles_of_block(pass, first_row, first_row + rows);
-  KeyTiles<T> find(pass, tiles.x);
+  const int2 tiles = tiles_of_split<kPass>(params, first_row, first_row + rows);
+  KeyTiles<T> find(params, tiles.x);
   KeyTile<T> next{};
-  Rows::template copy<kRows, kThreads>(shared, static_cast<const T*>(pass.rows) + int64_t{first_row} * pass.dim, rows,
-                                       pass.dim);
+  Rows::template copy<kRows, kThreads>(shared, static_cast<const T*>(params.rows) + int64_t{first_row} * dim, rows,
+                                       dim);
   const auto copy_next = [&](int tile) {
     if (tile < tiles.y) {
       next = find.at(tile);
-      Rows::template copy<kKeys, kThreads>(keys + (tile - tiles.x) % 2 * kKeys * kDim, next.rows, next.valid, pass.dim);
+      Rows::template copy<kKeys, kThreads>(keys + (tile - tiles.x) % 2 * kKeys * kDim, next.rows, next.valid, dim);
     }
     cu_cp_async_commit();
   };
   copy_next(tiles.x);
 
   const int warp_row = threadIdx.x / 32 * 16;
-  Row<4, kKeys / 4> row[2] = {{pass, first_row + warp_row + Tile::anchor(0), count},
-                              {pass, first_row + warp_row + Tile::anchor(2), count}};
+  AnchorRow<kPass, 4, kKeys / 4> row[2] = {{params, first_row + warp_row + Gemm::anchor(0), count},
+                                           {params, first_row + warp_row + Gemm::anchor(2), count}};
   float sums[kDim / 8][4] = {};
   for (int tile = tiles.x; tile < tiles.y; ++tile) {
     cu_cp_async_wait<0>();
     __syncthreads();
-    const T* const here = keys + (tile - tiles.x) % 2 * kKeys * kDim;
+    const T* const tile_keys = keys + (tile - tiles.x) % 2 * kKeys * kDim;
     const KeyTile<T> current = next;
     copy_next(tile + 1);
-    if (!__any_sync(kAllLanes, row[0].needs(pass, current) || row[1].needs(pass, current))) continue;
+    if (!__any_sync(kAllLanes, row[0].needs(params, current) || row[1].needs(params, current))) continue;
 
     float z[kKeys / 8][4] = {};
-    Tile::compare(z, shared + warp_row * kDim, here);
-    float factor[2];
+    Gemm::gemm_qk(z, shared + warp_row * kDim, tile_keys);
+    float rescale[2];
     CU_UNROLL for (int half = 0; half < 2; ++half) {
-      factor[half] = row[half].weigh(
-          pass, current, [&](int i) -> float& { return z[i / 2][2 * half + i % 2]; },
-          [](int i) { return Tile::key(i / 2, i); });
+      rescale[half] = row[half].weigh(
+          params, current, [&](int i) -> float& { return z[i / 2][2 * half + i % 2]; },
+          [](int i) { return Gemm::key(i / 2, i); });
     }
-    if (!pass.sums) continue;
-    if (__any_sync(kAllLanes, factor[0] != 1 || factor[1] != 1)) {
+    if (!params.gradient) continue;
+    if (kPass == Pass::kNegatives && __any_sync(kAllLanes, rescale[0] != 1 || rescale[1] != 1)) {
       CU_UNROLL for (int n = 0; n < kDim / 8; ++n) {
-        CU_UNROLL for (int i = 0; i < 4; ++i) sums[n][i] *= factor[i / 2];
+        CU_UNROLL for (int i = 0; i < 4; ++i) sums[n][i] *= rescale[i / 2];
       }
     }
-    Tile::add(sums, z, here);
+    Gemm::gemm_pv(sums, z, tile_keys);
   }
   cu_cp_async_wait<0>();
 
   CU_UNROLL for (int half = 0; half < 2; ++half) {
-    row[half].store(pass);
-    float* const to = pass.sums ? row[half].key_sums(pass) : nullptr;
+    row[half].store(params);
+    float* const to = params.gradient ? row[half].key_sums(params) : nullptr;
     if (to == nullptr) continue;
     CU_UNROLL for (int n = 0; n < kDim / 8; ++n) {
       CU_UNROLL for (int i = 0; i < 2; ++i) {
-        const int channel = Tile::channel(n, i);
-        if (channel < pass.dim) to[channel] = sums[n][2 * half + i];
+        const int channel = Gemm::channel(n, i);
+        if (channel < dim) to[channel] = sums[n][2 * half + i];
       }
     }
   }
