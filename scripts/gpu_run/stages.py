@@ -29,8 +29,8 @@ def right(plan: Plan) -> Stage:
         operators = ["tests/test_cuda.py", "-m", "not cuda", "-k", "64-rows-dtype0 or positive-cpu"]
         graphs = ["tests/test_benchmarks_on_gpu.py", "-k", "capture"]
         kernels = [
-            f"{CUSIM}/test_scale.py",
-            f"{CUSIM}/test_infonce.py",
+            f"{CUSIM}/test_scale_cuda.py",
+            f"{CUSIM}/test_infonce_cuda.py",
             "-k",
             "scale or long_rows and dtype1 and False",
         ]
@@ -67,7 +67,7 @@ def sanitize(plan: Plan) -> Stage:
 def _sanitized(plan: Plan, stage: str, tool: str, limit: float) -> Command:
     if plan.rehearse:  # the emulation's own checkers take the place of NVIDIA's
         build = {"memcheck": "asan", "racecheck": "race"}.get(tool, "plain")
-        chosen = [f"{CUSIM}/test_scale.py", "-k", f"{build}-0 and dtype0"]
+        chosen = [f"{CUSIM}/test_scale_cuda.py", "-k", f"{build}-0 and dtype0"]
         return plan.tests(tool, chosen, limit, {"CUSIM_RUN_ON": build})
     reports = plan.work / "logs" / f"{stage}-sanitizer"
     reports.mkdir(parents=True, exist_ok=True)

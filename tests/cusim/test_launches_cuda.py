@@ -10,7 +10,11 @@ from memory_push_cases import make_topk, make_write
 from norm_cases import make_case as norm_case
 
 from benchmarks.nodes import LAUNCHES
-from cusim import positive_cases, test_class_mean, test_class_order, test_gather_pixels, test_memory_push
+from cusim import positive_cases
+from cusim import test_class_mean_cuda as test_class_mean
+from cusim import test_class_order_cuda as test_class_order
+from cusim import test_gather_pixels_cuda as test_gather_pixels
+from cusim import test_memory_push_cuda as test_memory_push
 from cusim import test_norm_linear_cuda as norm
 from cusim.build import BUILDS
 from cusim.kernels import WAYS, Kernels
