@@ -6,14 +6,16 @@ namespace {
 
 // On CPUs one product of the library a segment.
 
-void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result, Cpu) {
+template <class T>
+void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result, const Cpu&) {
   for (int64_t c = 0; c < segments.classes; ++c) {
     const int64_t first = segments.begin(c), count = segments.count[c];
     if (count > 0) gemm<Cpu>(rows.narrow(0, first, count), weight[c].t(), {}, result.narrow(0, first, count));
   }
 }
 
-void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result, Cpu) {
+template <class T>
+void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result, const Cpu&) {
   for (int64_t c = 0; c < segments.classes; ++c) {
     const int64_t first = segments.begin(c), count = segments.count[c];
     if (count == 0) {
@@ -25,23 +27,20 @@ void outer(const Segments& segments, const Tensor& left, const Tensor& right, co
 }
 
 #ifdef PIXCONTRAST_WITH_CUDA
-void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result, Cuda) {
-  Cuda::dispatch(rows, "grouped_linear", [&](auto element, const Cuda& device) {
-    using T = decltype(element);
-    const GroupedLinear<T> args{segments,      rows.size(1),    weight.size(1),
-                                read<T>(rows), read<T>(weight), write<T>(result)};
-    C10_CUDA_CHECK(grouped_linear_cuda(args, device.tensor_cores(rows.scalar_type()), device.stream));
-  });
+template <class T>
+void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result,
+            const Cuda& device) {
+  const GroupedLinear<T> args{segments, rows.size(1), weight.size(1), read<T>(rows), read<T>(weight), write<T>(result)};
+  C10_CUDA_CHECK(grouped_linear_cuda(args, device.tensor_cores(rows.scalar_type()), device.stream));
 }
 
-void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result, Cuda) {
-  Cuda::dispatch(left, "grouped_outer", [&](auto element, const Cuda& device) {
-    using T = decltype(element);
-    const GroupedOuter<T> args{segments, left.size(1), right.size(1), read<T>(left), read<T>(right), write<T>(result)};
-    const Tensor workspace = device.workspace(grouped_outer_cuda_workspace(args));
-    C10_CUDA_CHECK(
-        grouped_outer_cuda(args, device.tensor_cores(left.scalar_type()), workspace.mutable_data_ptr(), device.stream));
-  });
+template <class T>
+void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result,
+           const Cuda& device) {
+  const GroupedOuter<T> args{segments, left.size(1), right.size(1), read<T>(left), read<T>(right), write<T>(result)};
+  const Tensor workspace = device.workspace(grouped_outer_cuda_workspace(args));
+  const bool tensor_cores = device.tensor_cores(left.scalar_type());
+  C10_CUDA_CHECK(grouped_outer_cuda(args, tensor_cores, workspace.mutable_data_ptr(), device.stream));
 }
 #endif
 
@@ -58,7 +57,9 @@ Tensor grouped_linear(const Tensor& rows_, const optional<Tensor>& start, const 
   const auto weight =
       checked(weight_, "weight", {count.numel(), weight_.size(1), rows.size(1)}, rows.scalar_type(), rows.device());
   const auto result = empty_map({rows.size(0), weight.size(1)}, rows.options());
-  linear(segments.get(), rows, weight, result, Device());
+  Device::dispatch(rows, "grouped_linear", [&](auto element, const auto& device) {
+    linear<decltype(element)>(segments.get(), rows, weight, result, device);
+  });
   return result;
 }
 
@@ -70,7 +71,9 @@ Tensor grouped_outer(const Tensor& left_, const Tensor& right_, const optional<T
   const auto left = left_.contiguous();
   const auto right = checked(right_, "right", {left.size(0), right_.size(1)}, left.scalar_type(), left.device());
   const auto result = at::empty({count.numel(), left.size(1), right.size(1)}, left.options());
-  outer(segments.get(), left, right, result, Device());
+  Device::dispatch(left, "grouped_outer", [&](auto element, const auto& device) {
+    outer<decltype(element)>(segments.get(), left, right, result, device);
+  });
   return result;
 }
 
