@@ -130,7 +130,8 @@ class PixelContrastLoss(nn.Module):
         Args:
             feats: ``[B, D, h, w]`` or rows ``[P, D]``. For infonce used as they are: normalise them before. For
                 positive of any norm: normalised here.
-            labels: ``[B, H, W]`` at any resolution (brought to ``h, w`` by the nearest rule), or ``[P]``; int64.
+            labels: ``[B, H, W]`` at any resolution (brought to ``h, w`` by the nearest rule), or ``[P]``; int64. Each
+                is a class of the queue (without a queue: in ``[0, 2^15)``) or ``ignore_index``; checked on CPUs.
             predict: predicted classes like ``labels``, at any resolution (infonce; ``None``: all count as right).
             queue: a :class:`ClassMemory` or rows ``[C, N, D]``; for infonce also several of them (a pixel and a region
                 queue, say), which are never copied into one, or ``None`` to contrast the anchors with each other.
