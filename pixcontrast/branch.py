@@ -10,6 +10,7 @@ from .checks import check_label_values
 from .functional import gather_pixels, unit_rows
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
+from .loss_infonce import InfoNCELoss
 from .memory import ClassMemory
 from .ops.class_order import Segments, class_order, valid_labels_at
 from .select import Anchors, all_anchors, confident, labels_at, logits_at
@@ -230,14 +231,14 @@ class ContrastBranch(nn.Module):
             ValueError, TypeError: shapes or dtypes that do not fit, named.
         """
         label = self._labels(features, labels, "forward")
-        if self.objective == "infonce":
-            anchors = self.criterion.anchors(label, predict, generator)
+        if isinstance(infonce := self.criterion.loss, InfoNCELoss):
+            anchors = infonce.anchors(label, predict, generator)
             rows, anchors = self._anchor_rows(features, label, anchors)
             queue = self.memory if self.capacity > 0 else None
             # normalize() of autocast gives float32, and products of mixed dtypes would run in float32
             dtype = rows.dtype if queue is None else queue.rows.dtype
             unit = normalize(rows, dim=1).to(dtype)
-            return self.criterion.contrast(unit, anchors, queue, return_stats=return_stats)
+            return infonce.contrast(unit, anchors, queue, return_stats=return_stats)
         segments = class_order(label, self.num_classes, self.backend)
         rows = self.predict(self.project(features, segments), segments._replace(order=None))
         # selectors learn what to weigh; they do not push the features

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_label_values, check_queue
-from .distributed import contrast_over_ranks, world_size
-from .functional import BACKENDS, contrast_with_mean, infonce_contrast, memory_mean
+from .functional import BACKENDS
+from .loss_infonce import InfoNCELoss, Queue
+from .loss_positive import PositiveLoss
 from .memory import ClassMemory
-from .reference import MIN_ROWS
-from .select import MAX_LABELS, Anchors, all_anchors, hard_anchors, labels_at
-from .stats import ContrastStats, InfoNCEStats, infonce_stats
+from .select import labels_at
+from .stats import ContrastStats, InfoNCEStats
 
 OBJECTIVES = ("infonce", "positive")
 VARIANTS = ("paper", "released")
-Queue = ClassMemory | Tensor
 
 
 class PixelContrastLoss(nn.Module):
@@ -40,7 +39,7 @@ class PixelContrastLoss(nn.Module):
         base_temperature: the loss is multiplied by ``temperature / base_temperature`` (infonce).
         max_samples: anchors of a batch, at most (infonce); ``None``, with ``max_views=None``: every valid pixel.
         max_views: anchors of a class of an image, at most; smaller classes are left out (infonce).
-        ignore_index: label of pixels that take no part.
+        ignore_index: label of pixels that are not valid; neither are those with a negative label.
         variant: ``"paper"``, or ``"released"`` to repeat what the code of Wang et al. computes with a queue: see
             ``skip_class0`` and ``diagonal``. Where that code stops or gives NaN, both variants go on.
         skip_class0: with a queue, do not use the rows of class 0, and put as many zero rows in their place; ``None``:
@@ -69,7 +68,7 @@ class PixelContrastLoss(nn.Module):
         base_temperature: float = 0.07,
         max_samples: int | None = 1024,
         max_views: int | None = 100,
-        ignore_index: int = -1,
+        ignore_index: int = 255,
         variant: str = "paper",
         *,
         skip_class0: bool | None = None,
@@ -87,31 +86,36 @@ class PixelContrastLoss(nn.Module):
         for name, (given, known) in options.items():
             if given not in known:
                 raise ValueError(f"PixelContrastLoss: {name} must be one of {known}, got {given!r}")
-        if (max_samples is None) != (max_views is None):
-            raise ValueError(
-                f"PixelContrastLoss: max_samples and max_views must both be numbers or both be None, got {max_samples} "
-                f"and {max_views}"
-            )
-        numbers = {"temperature": temperature, "base_temperature": base_temperature}
-        numbers |= {"max_samples": max_samples or 1, "max_views": max_views or 1}
-        for name, number in numbers.items():
-            if not number > 0:
-                raise ValueError(f"PixelContrastLoss: {name} must be above 0, got {number}")
+        if not math.isfinite(loss_weight):
+            raise ValueError(f"PixelContrastLoss: loss_weight must be finite, got {loss_weight}")
         if across_ranks and objective != "positive":
             raise ValueError('PixelContrastLoss: across_ranks is for objective="positive" alone')
-        self.across_ranks = across_ranks
-        self.objective, self.variant, self.ignore_index = objective, variant, ignore_index
-        self.temperature, self.base_temperature = temperature, base_temperature
-        self.max_samples, self.max_views = max_samples, max_views
-        self.skip_class0 = variant == "released" if skip_class0 is None else skip_class0
-        self.diagonal = variant == "released" if diagonal is None else diagonal
-        self.loss_weight, self.on_empty, self.backend = loss_weight, on_empty, backend
+        self.objective, self.variant = objective, variant
+        self.loss: InfoNCELoss | PositiveLoss
+        if objective == "positive":
+            self.loss = PositiveLoss(
+                ignore_index, loss_weight=loss_weight, on_empty=on_empty, backend=backend, across_ranks=across_ranks
+            )
+        else:
+            self.loss = InfoNCELoss(
+                temperature,
+                base_temperature,
+                max_samples,
+                max_views,
+                ignore_index,
+                skip_class0=variant == "released" if skip_class0 is None else skip_class0,
+                diagonal=variant == "released" if diagonal is None else diagonal,
+                loss_weight=loss_weight,
+                on_empty=on_empty,
+                backend=backend,
+            )
+
+    @property
+    def ignore_index(self) -> int:
+        return self.loss.ignore_index
 
     def extra_repr(self) -> str:
-        shown = f"objective={self.objective!r}, ignore_index={self.ignore_index}, loss_weight={self.loss_weight}"
-        if self.objective == "positive":
-            return shown
-        return f"temperature={self.temperature}, max_samples={self.max_samples}, max_views={self.max_views}, {shown}"
+        return f"objective={self.objective!r}, variant={self.variant!r}"
 
     def forward(
         self,
@@ -130,7 +134,8 @@ class PixelContrastLoss(nn.Module):
         Args:
             feats: ``[B, D, h, w]`` or rows ``[P, D]``. For infonce used as they are: normalise them before. For
                 positive of any norm: normalised here.
-            labels: ``[B, H, W]`` at any resolution (brought to ``h, w`` by the nearest rule), or ``[P]``; int64.
+            labels: ``[B, H, W]`` at any resolution (brought to ``h, w`` by the nearest rule), or ``[P]``; int64. Each
+                is a class of the queue (without a queue: in ``[0, 2^15)``) or ``ignore_index``; checked on CPUs.
             predict: predicted classes like ``labels``, at any resolution (infonce; ``None``: all count as right).
             queue: a :class:`ClassMemory` or rows ``[C, N, D]``; for infonce also several of them (a pixel and a region
                 queue, say), which are never copied into one, or ``None`` to contrast the anchors with each other.
@@ -154,137 +159,11 @@ class PixelContrastLoss(nn.Module):
             raise ValueError(f"labels must have shape {shape}, got {tuple(labels.shape)}")
         if labels.dtype != torch.int64:
             raise TypeError(f"labels must be int64, got {labels.dtype}; use labels.long()")
-        if self.objective == "infonce":
+        if isinstance(self.loss, InfoNCELoss):
             if weight_logits is not None or queue_weight_logits is not None:
                 raise ValueError('weight_logits and queue_weight_logits are for objective="positive" alone')
-            rows = [_rows_and_counts(part)[0] for part in _parts(queue)]
-            check_label_values(labels, rows[0].shape[0] if rows else MAX_LABELS, self.ignore_index, "labels")
-            return self.contrast(feats, self.anchors(labels, predict, generator), queue, return_stats=return_stats)
+            return self.loss(feats, labels, predict, queue, generator=generator, return_stats=return_stats)
         if queue is None or not isinstance(queue, ClassMemory | Tensor):
             raise ValueError(f'objective="positive" needs queue, a ClassMemory or a tensor, got {type(queue).__name__}')
-        return self._positive(feats, labels, queue, weight_logits, queue_weight_logits, return_stats)
-
-    def _positive(
-        self,
-        feats: Tensor,
-        labels: Tensor,
-        queue: Queue,
-        weight_logits: Tensor | None,
-        queue_weight_logits: Tensor | None,
-        return_stats: bool,
-    ) -> Tensor | tuple[Tensor, ContrastStats]:
-        rows, _ = _rows_and_counts(queue)
-        check_queue(rows, feats)
-        if isinstance(queue, ClassMemory):
-            mean, counts = queue.mean(queue_weight_logits, self.backend)
-        else:
-            counts = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
-            mean = memory_mean(rows, counts, queue_weight_logits, self.backend)
-        contrast = contrast_over_ranks if self.across_ranks and world_size() > 1 else contrast_with_mean
-        output = contrast(
-            feats,
-            labels,
-            mean,
-            counts,
-            weight_logits=weight_logits,
-            ignore_index=self.ignore_index,
-            loss_weight=self.loss_weight,
-            backend=self.backend,
-        )
-        if not return_stats and self.on_empty == "zero":
-            return output.loss
-        taking_part = (output.counts >= MIN_ROWS) & (counts >= MIN_ROWS)
-        self._complain_if_empty(taking_part, "two pixels with its label and two rows in the memory")
-        if not return_stats:
-            return output.loss
-        similarity = torch.where(taking_part, 1 - output.class_loss, float("nan"))
-        capacity = queue.total_capacity if isinstance(queue, ClassMemory) else rows.shape[1]
-        return output.loss, ContrastStats(output.counts, similarity, counts / capacity)
-
-    def contrast(
-        self,
-        feats: Tensor,
-        anchors: Anchors,
-        queue: Queue | Sequence[Queue] | None = None,
-        *,
-        return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-        """InfoNCE of anchors that are chosen already; arguments and result as for :meth:`forward`."""
-        queues, counts = [], []
-        for part in _parts(queue):
-            if isinstance(part, ClassMemory) and part.sync == "reduce":
-                raise ValueError(
-                    'objective="infonce" contrasts anchors with every row, and a ClassMemory with sync="reduce" has '
-                    'only those of its own rank: make it with sync="gather" or "local"'
-                )
-            rows, count = _rows_and_counts(part)
-            if count is None:
-                count = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
-            if self.skip_class0:
-                rows, count = rows.clone(), count.clone()
-                rows[0], count[0] = 0, rows.shape[1]
-            queues.append(rows)
-            counts.append(count)
-        excluded = _diagonal(anchors, counts) if queues and self.diagonal else None
-        output = infonce_contrast(
-            feats,
-            anchors,
-            queues,
-            queue_counts=counts,
-            excluded=excluded,
-            temperature=self.temperature,
-            base_temperature=self.base_temperature,
-            loss_weight=self.loss_weight,
-            backend=self.backend,
-        )
-        self._complain_if_empty(output.positives > 0, "an anchor with its label and another key of that class")
-        if not return_stats:
-            return output.loss
-        return output.loss, infonce_stats(feats, anchors, queues, counts, output)
-
-    def anchors(
-        self, labels: Tensor, predict: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Anchors:
-        """The anchors that :meth:`forward` draws from labels at feature resolution ``[B, h, w]`` or ``[P]``."""
-        if self.max_samples is None or self.max_views is None:
-            return all_anchors(labels, self.ignore_index)
-        maps = labels if labels.dim() == 3 else labels[None, None]
-        if predict is None:
-            predict = maps
-        elif predict.dim() == 3:
-            predict = labels_at(predict, (maps.shape[1], maps.shape[2]))
-        if predict.numel() != labels.numel():
-            raise ValueError(f"predict must be like labels {tuple(labels.shape)}, got {tuple(predict.shape)}")
-        return hard_anchors(
-            maps,
-            predict.reshape(maps.shape),
-            max_samples=self.max_samples,
-            max_views=self.max_views,
-            ignore_index=self.ignore_index,
-            generator=generator,
-        )
-
-    def _complain_if_empty(self, taking_part: Tensor, needs: str) -> None:
-        if self.on_empty == "raise" and not bool(taking_part.any()):
-            raise ValueError(f"PixelContrastLoss: no class takes part: it needs {needs}")
-
-
-def _parts(queue: Queue | Sequence[Queue] | None) -> list[Queue]:
-    if queue is None:
-        return []
-    return [queue] if isinstance(queue, ClassMemory | Tensor) else list(queue)
-
-
-def _rows_and_counts(queue: Queue) -> tuple[Tensor, Tensor | None]:
-    return (queue.rows, queue.counts) if isinstance(queue, ClassMemory) else (queue, None)
-
-
-def _diagonal(anchors: Anchors, counts: Sequence[Tensor]) -> Tensor:
-    """For anchor number r, key number r if it is of the anchor's class: its place among that class's keys, else -1."""
-    count = torch.stack(list(counts)).sum(0).roll(-1)  # keys of classes 1, 2, ..., 0
-    ends = count.cumsum(0)
-    number = torch.arange(len(anchors.labels), device=count.device)
-    turn = torch.searchsorted(ends, number, right=True).clamp_max(len(count) - 1)
-    place = number - (ends - count)[turn]
-    own = ((turn + 1) % len(count) == anchors.labels) & (place < count[turn])
-    return torch.where(own, place, -1)
+        logits = {"weight_logits": weight_logits, "queue_weight_logits": queue_weight_logits}
+        return self.loss(feats, labels, queue, **logits, return_stats=return_stats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,9 +112,10 @@ def hard_anchors(
     image = torch.arange(total, device=device) // (total // labels.shape[0])
     easy = (predict.reshape(-1) == flat).long()
     # one key sorts everything: image, class (0: none), right or wrong, chance
-    # torch.compile knows randint with dynamic shapes only without the argument
-    chosen_by: dict[str, Any] = {} if generator is None else {"generator": generator}
-    chance = torch.randint(0, 1 << 31, (total,), device=device, **chosen_by)
+    if generator is None:  # with the argument, even None, torch.compile rejects dynamic shapes
+        chance = torch.randint(0, 1 << 31, (total,), device=device)
+    else:
+        chance = torch.randint(0, 1 << 31, (total,), device=device, generator=generator)
     key = ((image << 16 | torch.where(valid, flat + 1, 0)) << 32) | (easy << 31) | chance
     key, order = torch.sort(key)
     pair, known = key >> 32, (key >> 32 & 0xFFFF) > 0

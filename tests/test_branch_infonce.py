@@ -45,7 +45,7 @@ def plain_head(branch: ContrastBranch) -> nn.Module:
 def anchors_of(branch: ContrastBranch, labels: Tensor, predict: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels and classes of the anchors that the branch draws with ``generator()``."""
     label = labels_at(labels, (9, 8))
-    drawn = branch.criterion.anchors(torch.where(label == 255, -1, label), predict, generator())
+    drawn = branch.criterion.loss.anchors(torch.where(label == 255, -1, label), predict, generator())
     used = drawn.indices >= 0
     assert 20 < int(used.sum()) <= 40
     return drawn.indices[used], drawn.labels[used]

@@ -61,13 +61,14 @@ def make_queues() -> tuple[Tensor, Tensor]:
 
 def test_options_come_from_the_configer() -> None:
     criterion = PixelContrastLoss(Configer())
-    assert (criterion.temperature, criterion.base_temperature, criterion.ignore_label) == (0.3, 0.07, 255)
-    assert (criterion.max_samples, criterion.max_views, criterion.variant) == (16, 3, "paper")
+    loss = criterion.loss
+    assert (loss.temperature, loss.base_temperature, criterion.ignore_label) == (0.3, 0.07, 255)
+    assert (loss.max_samples, loss.max_views, criterion.variant) == (16, 3, "paper")
     assert isinstance(criterion, pixcontrast.PixelContrastLoss)
     assert PixelContrastLoss(Configer(loss={})).ignore_label == -1
     assert PixelContrastLoss(Configer(loss={"params": {}})).ignore_label == -1
     options = PixelContrastLoss(Configer(), variant="released", skip_class0=False, loss_weight=2.0)
-    assert options.diagonal and not options.skip_class0 and options.loss_weight == 2
+    assert options.loss.diagonal and not options.loss.skip_class0 and options.loss.loss_weight == 2
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -95,7 +96,7 @@ def test_two_queues_in_the_released_variant_are_the_joined_buffer_of_their_code(
     predict = preds["seg"].argmax(1)
     loss = criterion(preds["embed"], target, predict, [segment, pixel], generator=seeded())
     (result,) = torch.autograd.grad(loss, preds["embed"])
-    anchors = criterion.anchors(target[:, ::4, ::4], predict, seeded())
+    anchors = criterion.loss.anchors(target[:, ::4, ::4], predict, seeded())
     used = anchors.indices >= 0
     rows, labels = as_rows(preds["embed"])[anchors.indices[used]], anchors.labels[used]
     # classes 1, 2, ... with segment rows before pixel rows, then as many zero rows, which are labelled 0

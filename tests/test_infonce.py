@@ -287,7 +287,7 @@ def test_gradcheck(queue: bool) -> None:
     assert torch.autograd.gradcheck(loss, case.features.requires_grad_(), fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_opcheck(dtype: torch.dtype) -> None:
     for case in (large_case(dtype), large_case(dtype, queue=False)):
         for needs in (True, False):

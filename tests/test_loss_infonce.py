@@ -27,7 +27,7 @@ def make_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def drawn(criterion: PixelContrastLoss, labels: Tensor, predict: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels and labels of the anchors that `forward` draws with a generator of seed 0, without unused places."""
-    anchors = criterion.anchors(labels[:, ::4, ::4], predict, torch.Generator().manual_seed(0))
+    anchors = criterion.loss.anchors(labels[:, ::4, ::4], predict, torch.Generator().manual_seed(0))
     used = anchors.indices >= 0
     return anchors.indices[used], anchors.labels[used]
 
@@ -84,7 +84,7 @@ def test_statistics(with_queue: bool) -> None:
     pixels, label = drawn(criterion, labels, predict)
     used = stats.labels >= 0
     assert int(stats.anchors) == len(pixels) and torch.equal(stats.labels[used], label)
-    torch.testing.assert_close(stats.loss[used].mean() * criterion.temperature / 0.07, loss.detach())
+    torch.testing.assert_close(stats.loss[used].mean() * criterion.loss.temperature / 0.07, loss.detach())
     rows = as_rows(features.detach())[pixels]
     keys, key_labels = (rows, label) if queue is None else (queue.flatten(0, 1), torch.arange(4).repeat_interleave(3))
     for i in range(len(rows)):

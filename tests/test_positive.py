@@ -268,7 +268,7 @@ def test_gradcheck(shape: tuple[int, ...], backend: str) -> None:
     assert torch.autograd.gradcheck(loss, (features, weight_logits, queue_weight_logits), fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("seed", [1, 3, 4, 8])
 def test_opcheck(seed: int, dtype: torch.dtype) -> None:
     case = random_case(seed).to(dtype)

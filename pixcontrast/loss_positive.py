@@ -1,0 +1,74 @@
+"""The class-wise memory contrast of Alonso et al. (ICCV 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_queue
+from .distributed import contrast_over_ranks, world_size
+from .functional import contrast_with_mean, memory_mean
+from .loss_infonce import Queue, refuse_empty, rows_and_counts
+from .memory import ClassMemory
+from .reference import MIN_ROWS
+from .stats import ContrastStats
+
+
+class PositiveLoss(nn.Module):
+    """What :class:`PixelContrastLoss` is with ``objective="positive"``; see there for the arguments."""
+
+    def __init__(
+        self,
+        ignore_index: int = 255,
+        *,
+        loss_weight: float = 1.0,
+        on_empty: str = "zero",
+        backend: str = "auto",
+        across_ranks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.loss_weight, self.on_empty = ignore_index, loss_weight, on_empty
+        self.backend, self.across_ranks = backend, across_ranks
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}, loss_weight={self.loss_weight}"
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        queue: Queue,
+        *,
+        weight_logits: Tensor | None = None,
+        queue_weight_logits: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, ContrastStats]:
+        """The loss of ``features`` with ``labels`` at their resolution."""
+        rows, _ = rows_and_counts(queue)
+        check_queue(rows, features)
+        if isinstance(queue, ClassMemory):
+            mean, counts = queue.mean(queue_weight_logits, self.backend)
+        else:
+            counts = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
+            mean = memory_mean(rows, counts, queue_weight_logits, self.backend)
+        contrast = contrast_over_ranks if self.across_ranks and world_size() > 1 else contrast_with_mean
+        output = contrast(
+            features,
+            labels,
+            mean,
+            counts,
+            weight_logits=weight_logits,
+            ignore_index=self.ignore_index,
+            loss_weight=self.loss_weight,
+            backend=self.backend,
+        )
+        if not return_stats and self.on_empty == "zero":
+            return output.loss
+        taking_part = (output.counts >= MIN_ROWS) & (counts >= MIN_ROWS)
+        if self.on_empty == "raise":
+            refuse_empty(taking_part, "two pixels with its label and two rows in the memory")
+        if not return_stats:
+            return output.loss
+        similarity = torch.where(taking_part, 1 - output.class_loss, float("nan"))
+        capacity = queue.total_capacity if isinstance(queue, ClassMemory) else rows.shape[1]
+        return output.loss, ContrastStats(output.counts, similarity, counts / capacity)
