@@ -1,6 +1,6 @@
 """Pixel-level contrastive learning against a class-wise memory bank, as fused operators for PyTorch.
 
-Data goes one way through it: features and labels, the pixels that take part, projection and prediction heads, the fused
+Data goes one way through it: features and labels, the valid pixels, projection and prediction heads, the fused
 contrast with the memory, the loss.
 """
 

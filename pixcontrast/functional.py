@@ -7,9 +7,11 @@ from .ops.gather_pixels import gather_pixels
 from .ops.infonce import InfoNCEOutput, infonce_contrast
 from .ops.positive import PositiveOutput, contrast_with_mean, positive_contrast
 from .ops.unit_rows import unit_rows
+from .select import Anchors
 
 __all__ = [
     "BACKENDS",
+    "Anchors",
     "InfoNCEOutput",
     "PositiveOutput",
     "Segments",

@@ -152,7 +152,7 @@ def refuse_empty(taking_part: Tensor, needs: str) -> None:
 
 
 def _diagonal(anchors: Anchors, counts: Sequence[Tensor]) -> Tensor:
-    """For anchor number r, key number r if it is of the anchor's class: its place among that class's keys, else -1."""
+    """For the r-th anchor, the r-th key if it is of the same class: its index among the keys of that class, else -1."""
     count = torch.stack(list(counts)).sum(0).roll(-1)  # keys of classes 1, 2, ..., 0
     ends = count.cumsum(0)
     number = torch.arange(len(anchors.labels), device=count.device)

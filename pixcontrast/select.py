@@ -1,4 +1,4 @@
-"""Which pixels take part, at which resolution: fixed shapes, no waiting for the device."""
+"""Which pixels are contrasted, at which resolution: fixed shapes, no synchronisation."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_half_precision_reaches_the_kernel_under_autocast(half: torch.dtype, mon
         seen.append([features.dtype, *(queue.dtype for queue in queues)])
         return infonce_contrast(features, anchors, queues, **options)
 
-    monkeypatch.setattr("pixcontrast.loss.infonce_contrast", spy)
+    monkeypatch.setattr("pixcontrast.loss_infonce.infonce_contrast", spy)
     for capacity, dtypes in ((0, [half]), (8, [half, half])):
         options = {"objective": "infonce", "dim": 8, "capacity": capacity, "max_samples": 64, "max_views": 10}
         branch = ContrastBranch(12, 3, memory_dtype=half, **options).eval()

@@ -28,27 +28,27 @@ struct MemoryShare {
   float factor, shift;
 };
 
-// Of class c, for every thread of the block. `room` [kWarps] lies in shared memory. Ends with a barrier.
+// Of class c, for every thread of the block. `scratch` [kWarps] lies in shared memory. Ends with a barrier.
 template <class T>
-__device__ __forceinline__ MemoryShare memory_share(const ClassMean<T>& args, int64_t c, double* room) {
+__device__ __forceinline__ MemoryShare memory_share(const ClassMean<T>& args, int64_t c, double* scratch) {
   const int count = valid_rows(args, c), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (args.weight_logits == nullptr) return {count > 0 ? 1.0f / static_cast<float>(count) : 0.0f, 0.0f};
   const float* const logits = args.weight_logits + c * args.capacity;
   int key = kLeastKey;
   for (int j = threadIdx.x; j < count; j += kThreads) key = max(key, order_key(logits[j]));
   key = warp_max(key);
-  if (lane == 0) room[warp] = key;
+  if (lane == 0) scratch[warp] = key;
   __syncthreads();
-  for (int other = 0; other < kWarps; ++other) key = max(key, static_cast<int>(room[other]));
+  for (int other = 0; other < kWarps; ++other) key = max(key, static_cast<int>(scratch[other]));
   __syncthreads();
   const float largest = from_order_key(key), shift = shift_of(largest);
   double total = 0;
   for (int j = threadIdx.x; j < count; j += kThreads) total += score(logits[j], shift);
   total = warp_sum(total);
-  if (lane == 0) room[warp] = total;
+  if (lane == 0) scratch[warp] = total;
   __syncthreads();
   total = 0;
-  for (int other = 0; other < kWarps; ++other) total += room[other];
+  for (int other = 0; other < kWarps; ++other) total += scratch[other];
   __syncthreads();
   return {static_cast<float>(1 / total), shift};
 }
@@ -57,7 +57,7 @@ __device__ __forceinline__ MemoryShare memory_share(const ClassMean<T>& args, in
 template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads) sum_rows(const ClassMean<T> args, float* out) {
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
-  CU_DYN_SHARED(float, warp_sums);  // [kWarps, kColumns], before that room for memory_share
+  CU_DYN_SHARED(float, warp_sums);  // [kWarps, kColumns], before that scratch for memory_share
   const int64_t c = blockIdx.x;
   const int dim = static_cast<int>(args.dim), warp = threadIdx.x / 32;
   const int chunk = blockIdx.z * kColumns;
@@ -108,9 +108,10 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const ClassMean<T> args, fl
 }
 
 // sums [C, pieces, D] to mean [C, D]
-__global__ void add_pieces(const float* sums, float* mean, const int pieces, const int64_t dim, const int64_t numbers) {
+__global__ void add_pieces(const float* sums, float* mean, const int pieces, const int64_t dim,
+                           const int64_t elements) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= numbers) return;
+  if (i >= elements) return;
   float total = 0;
   for (int piece = 0; piece < pieces; ++piece) total += sums[(i / dim * pieces + piece) * dim + i % dim];
   mean[i] = total;
@@ -150,10 +151,10 @@ __global__ void __launch_bounds__(kThreads) project_rows(const ClassMean<T> args
 // dLoss/db_j = v_j (1 - sigma(b_j)) (g_j - sum_k v_k g_k). A block for each class.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_memory_weights(const ClassMean<T> args) {
-  CU_SHARED(double, room, [kWarps]);
+  CU_SHARED(double, scratch, [kWarps]);
   const int64_t c = blockIdx.x;
   const int count = valid_rows(args, c);
-  const MemoryShare share = memory_share(args, c, room);
+  const MemoryShare share = memory_share(args, c, scratch);
   const float* const logits = args.weight_logits + c * args.capacity;
   float* const grad = args.grad_weight_logits + c * args.capacity;
   double mean = 0;
@@ -161,10 +162,10 @@ __global__ void __launch_bounds__(kThreads) finish_memory_weights(const ClassMea
     mean += static_cast<double>(share.factor * score(logits[j], share.shift)) * grad[j];
   }
   mean = warp_sum(mean);
-  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = mean;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = mean;
   __syncthreads();
   mean = 0;
-  for (int other = 0; other < kWarps; ++other) mean += room[other];
+  for (int other = 0; other < kWarps; ++other) mean += scratch[other];
   for (int64_t j = threadIdx.x; j < args.capacity; j += kThreads) {
     grad[j] = j >= count ? 0.0f
                          : share.factor * score(logits[j], share.shift) * score(-logits[j], 0.0f) *

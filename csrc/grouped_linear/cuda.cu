@@ -13,8 +13,8 @@ constexpr int64_t kPieceRows = 2048;  // of a partial sum of the outer products
 
 template <class Product>
 __global__ void __launch_bounds__(kThreads, Product::kBlocks)
-    grouped_linear(const __grid_constant__ GroupedLinear<typename Product::Number> args, bool aligned) {
-  using T = typename Product::Number;
+    grouped_linear(const __grid_constant__ GroupedLinear<typename Product::Element> args, bool aligned) {
+  using T = typename Product::Element;
   CU_DYN_SHARED(T, shared);
   const int column_tiles = static_cast<int>((args.outputs + kTile - 1) / kTile);
   const Piece piece = piece_of(args.segments, blockIdx.x / column_tiles, kTile);
@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kThreads, Product::kBlocks)
 // The sum of piece p goes to sums [E, D] + p E D.
 template <class Product>
 __global__ void __launch_bounds__(kThreads, Product::kBlocks)
-    grouped_outer(const __grid_constant__ GroupedOuter<typename Product::Number> args, float* sums, bool left_aligned,
+    grouped_outer(const __grid_constant__ GroupedOuter<typename Product::Element> args, float* sums, bool left_aligned,
                   bool right_aligned) {
-  using T = typename Product::Number;
+  using T = typename Product::Element;
   CU_DYN_SHARED(T, shared);
   const Piece piece = piece_of(args.segments, blockIdx.y, kPieceRows);
   if (piece.c < 0) return;

@@ -14,7 +14,7 @@
 #include <climits>
 #include <cmath>
 
-#include "common/cuda/numbers.cuh"
+#include "common/cuda/elements.cuh"
 #include "common/cuda/warp.cuh"
 #include "infonce/infonce.h"
 
@@ -37,7 +37,7 @@ struct SamePixel {
 struct __align__(16) PairWeights {
   float lse, sigmoids, one;  // the latter: sum_pos sigma / P and 1 / P, times kPairScale
 };
-constexpr float kPairScale = 256;  // keeps small weights out of the subnormal numbers of half
+constexpr float kPairScale = 256;  // keeps small weights out of the subnormals of half
 
 // The arguments, how they are worked on, and the workspace; of all kernels. Without queues, the sorted anchors are the
 // only queue.

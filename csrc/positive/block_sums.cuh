@@ -24,7 +24,7 @@ struct PositiveWork {
   int* part_unknown;               // [weigh_blocks]
   ClassShare* share;               // [C]
   unsigned long long* similarity;  // [C] S_c in fixed point
-  int* not_finite;                 // [C] whether S_c is no number, which fixed point cannot say
+  int* not_finite;                 // [C] set when S_c is not finite; fixed point cannot represent that
   float* mean_sum;                 // [blocks, C, D] sums of w_i fh_i
   bool shared_mean_sum;            // a block adds up its own in shared memory first
 };
@@ -77,12 +77,12 @@ struct BlockSums {
   float* mean_sum;                 // [C, D]; each column is one thread's
   unsigned char* tile;             // the shared memory behind the sums
   int classes;
-  int64_t numbers;  // C*D, 0 without dLoss/dm
+  int64_t elements;  // C*D, 0 without dLoss/dm
 
   __host__ __device__ static int64_t similarity_bytes(int64_t classes) {
     return classes <= kMostSharedSums ? (classes * 8 + 15) / 16 * 16 : 0;
   }
-  __host__ __device__ static int64_t mean_sum_bytes(int64_t numbers) { return (numbers * 4 + 15) / 16 * 16; }
+  __host__ __device__ static int64_t mean_sum_bytes(int64_t elements) { return (elements * 4 + 15) / 16 * 16; }
 
   // Ends with a barrier.
   template <class T>
@@ -90,19 +90,19 @@ struct BlockSums {
                                                     unsigned char* shared) {
     BlockSums sums;
     sums.classes = static_cast<int>(args.classes);
-    sums.numbers = args.grad_mean ? args.classes * args.layout.dim : 0;
+    sums.elements = args.grad_mean ? args.classes * args.layout.dim : 0;
     sums.similarity = work.similarity;
     if (args.classes <= kMostSharedSums) {
       sums.similarity = reinterpret_cast<unsigned long long*>(shared);
       shared += similarity_bytes(args.classes);
       for (int c = threadIdx.x; c < sums.classes; c += kThreads) sums.similarity[c] = 0;
     }
-    sums.mean_sum = work.mean_sum + blockIdx.x * sums.numbers;
+    sums.mean_sum = work.mean_sum + blockIdx.x * sums.elements;
     if (work.shared_mean_sum) {
       sums.mean_sum = reinterpret_cast<float*>(shared);
-      shared += mean_sum_bytes(sums.numbers);
+      shared += mean_sum_bytes(sums.elements);
     }
-    for (int64_t i = threadIdx.x; i < sums.numbers; i += kThreads) sums.mean_sum[i] = 0;
+    for (int64_t i = threadIdx.x; i < sums.elements; i += kThreads) sums.mean_sum[i] = 0;
     sums.tile = shared;
     __syncthreads();
     return sums;
@@ -124,8 +124,8 @@ struct BlockSums {
       }
     }
     if (work.shared_mean_sum) {
-      for (int64_t i = threadIdx.x; i < numbers; i += kThreads) {
-        work.mean_sum[blockIdx.x * numbers + i] = mean_sum[i];
+      for (int64_t i = threadIdx.x; i < elements; i += kThreads) {
+        work.mean_sum[blockIdx.x * elements + i] = mean_sum[i];
       }
     }
   }

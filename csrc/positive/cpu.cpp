@@ -40,7 +40,7 @@ class PositiveCpu {
         scale_(static_cast<A>(args.loss_weight / static_cast<double>(args.classes))),
         stream_(cpu::RowBuffer<Grad>::in_place && args.layout.map_pixels == 0 &&
                 args.layout.pixels * args.layout.dim * static_cast<int64_t>(sizeof(Grad)) >= kStreamedBytes),
-        // The sums for dLoss/dm take C*D numbers a piece; together they stay below an eighth of the features.
+        // The sums for dLoss/dm take C*D elements a piece; together they stay below an eighth of the features.
         pieces_(args.layout.pixels,
                 args.grad_mean ? std::min(kMostPieces, args.layout.pixels / (8 * classes_)) : kMostPieces,
                 kLeastPixels),
@@ -68,10 +68,10 @@ class PositiveCpu {
   // w_i = score_[i] * factor_[c], where factor_ is 0 for classes that take no part, else one over the sum of their
   // scores.
   void weigh() {
-    const int64_t numbers = pieces_.count * classes_;
-    std::vector<int64_t> pixels(numbers), unknown(pieces_.count);
-    std::vector<A> largest(args_.weight_logits ? numbers : 0, -INFINITY);
-    std::vector<double> total(numbers);
+    const int64_t elements = pieces_.count * classes_;
+    std::vector<int64_t> pixels(elements), unknown(pieces_.count);
+    std::vector<A> largest(args_.weight_logits ? elements : 0, -INFINITY);
+    std::vector<double> total(elements);
     pieces_.run([&](int64_t piece, int64_t begin, int64_t end) {
       unknown[piece] = classify(begin, end, pixels.data() + piece * classes_);
       if (!args_.weight_logits) return;
@@ -249,11 +249,11 @@ class PositiveCpu {
   }
 
   void finish_mean() {
-    const int64_t numbers = classes_ * dim_;
-    cpu::Pieces(numbers, kMostPieces, 256).run([&](int64_t, int64_t begin, int64_t end) {
+    const int64_t elements = classes_ * dim_;
+    cpu::Pieces(elements, kMostPieces, 256).run([&](int64_t, int64_t begin, int64_t end) {
       std::fill(args_.grad_mean + begin, args_.grad_mean + end, A(0));
       for (int64_t piece = 0; piece < pieces_.count; ++piece) {
-        const A* const sum = mean_sum_.get() + piece * numbers;
+        const A* const sum = mean_sum_.get() + piece * elements;
         kernels_.accumulate(-scale_, sum + begin, end - begin, args_.grad_mean + begin);
       }
     });

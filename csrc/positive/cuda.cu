@@ -149,20 +149,20 @@ __device__ __forceinline__ void finish_weights(const Positive<T>& args, const Po
   }
 }
 
-// 32 numbers of dLoss/dm a block; 32 threads for each, which are many enough to wait for few loads in a row.
+// 32 elements of dLoss/dm a block; 32 threads for each, which are many enough to wait for few loads in a row.
 template <class T>
 __device__ __forceinline__ void finish_mean(const Positive<T>& args, const PositiveWork& work, int64_t block, int parts,
                                             float (*sums)[33]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t numbers = args.classes * args.layout.dim, first = block * 32;
+  const int64_t elements = args.classes * args.layout.dim, first = block * 32;
   float sum = 0;
-  if (first + lane < numbers) {
-    for (int part = warp; part < parts; part += 32) sum += work.mean_sum[part * numbers + first + lane];
+  if (first + lane < elements) {
+    for (int part = warp; part < parts; part += 32) sum += work.mean_sum[part * elements + first + lane];
   }
   sums[warp][lane] = sum;
   __syncthreads();
   sum = warp_sum(sums[lane][warp]);
-  if (lane == 0 && first + warp < numbers) args.grad_mean[first + warp] = -loss_scale(args) * sum;
+  if (lane == 0 && first + warp < elements) args.grad_mean[first + warp] = -loss_scale(args) * sum;
 }
 
 // Grid: mean_blocks, then one for the loss, then the rest for dLoss/da.

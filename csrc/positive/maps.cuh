@@ -2,7 +2,7 @@
 // neighbouring threads take neighbouring pixels in global memory and neighbouring channels in the tile.
 //
 // Float32, D = 256: 32 pixels are 33 KB, 4 to 6 blocks fit on a multiprocessor, and the 32 loads of a thread are issued
-// 16 at a time: 16 KB in flight a block. The distance between pixels in the tile is an odd number of words, so that
+// 16 at a time: 16 KB in flight a block. The distance between pixels in the tile is an odd count of words, so that
 // neither direction has bank conflicts. A feature costs about 12 instructions: 12.6 M warp instructions for 131072
 // pixels, 27 us at 2 a clock against 90 us of memory.
 #pragma once
@@ -13,7 +13,7 @@ namespace pixcontrast::cuda {
 
 constexpr int kMapsWidth = 32;  // pixels of a tile at most
 
-// How many pixels of D channels a tile takes (a power of two; 0 if there is no room for one) and their distance in it.
+// How many pixels of D channels a tile takes (a power of two; 0 if one does not fit) and their distance in it.
 struct MapsTile {
   int width = 0;
   int64_t stride = 0;
@@ -22,11 +22,11 @@ struct MapsTile {
 
 template <class T>
 MapsTile maps_tile(int64_t dim) {
-  constexpr int64_t room = 40 * 1024, word = 4 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t most_bytes = 40 * 1024, word = 4 / static_cast<int64_t>(sizeof(T));
   const int64_t stride = ((dim + word - 1) / word | 1) * word;
   for (int width = kMapsWidth; width > 0; width /= 2) {
     const int64_t bytes = width * stride * static_cast<int64_t>(sizeof(T));
-    if (bytes <= room) return {width, stride, bytes};
+    if (bytes <= most_bytes) return {width, stride, bytes};
   }
   return {};
 }
@@ -61,18 +61,18 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (own_pixel < count) {
       constexpr int most = 16;  // loads on their way at once
       for (int first = own_channel; first < dim; first += most * channels) {
-        T number[most];
+        T element[most];
         CU_UNROLL for (int k = 0; k < most; ++k) {
           const int64_t d = first + k * channels;
-          if (d < dim) number[k] = args.features[corner + d * map_pixels];
+          if (d < dim) element[k] = args.features[corner + d * map_pixels];
         }
         CU_UNROLL for (int k = 0; k < most; ++k) {
           const int d = first + k * channels;
           if (d >= dim) continue;
           if constexpr (std::is_same_v<Grad, T>) {
-            tile[own_pixel * stride + d] = number[k];
+            tile[own_pixel * stride + d] = element[k];
           } else {
-            tile[own_pixel * stride + d] = to_float(number[k]);
+            tile[own_pixel * stride + d] = to_float(element[k]);
           }
         }
       }
@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kThreads, 4)
       const float* const mean = args.mean + static_cast<int64_t>(pixel.c) * dim;
       float square = 0, product = 0;
       for (int d = lane; d < dim; d += 32) {
-        const float number = to_float(tile[p * stride + d]);
-        square += number * number;
-        product += number * mean[d];
+        const float element = to_float(tile[p * stride + d]);
+        square += element * element;
+        product += element * mean[d];
       }
       const Contrast result = contrast(pixel.weight, warp_sum(square), warp_sum(product), scale);
       if (lane == 0) {
@@ -107,19 +107,19 @@ __global__ void __launch_bounds__(kThreads, 4)
       int c = -1;
       float mean = 0;
       for (int p = 0; p < count; ++p) {
-        Grad* const number = tile + p * stride + d;
+        Grad* const element = tile + p * stride + d;
         const PixelPull pull = pulls[p];
         if (pull.c < 0) {
-          *number = from_float<Grad>(0.0f);
+          *element = from_float<Grad>(0.0f);
           continue;
         }
         if (pull.c != c) {
           c = pull.c;
           mean = args.mean[static_cast<int64_t>(c) * dim + d];
         }
-        const float feature = to_float(*number);
+        const float feature = to_float(*element);
         if (args.grad_mean) sum.add(c, pull.share * feature);
-        *number = from_float<Grad>(pull.towards * mean + pull.along * feature);
+        *element = from_float<Grad>(pull.towards * mean + pull.along * feature);
       }
       if (args.grad_mean) sum.flush();
     }

@@ -2,8 +2,8 @@
 // their gradients, so that each is read once (in chunks and twice where RowShape says so).
 //
 // 131072 x 256 float32: 134 MB read, 134 MB written, 90 us at 3 TB/s. Three blocks of 8 warps a multiprocessor (80
-// registers) have 4 KB a warp in flight, 96 KB together; half of that with 16-bit numbers. About 8 instructions a
-// number are 8.4 M warp instructions, 16 us at 2 a clock, and 11 shuffles a row 6 us: both hide behind the memory.
+// registers) have 4 KB a warp in flight, 96 KB together; half of that with 16-bit elements. About 8 instructions an
+// element are 8.4 M warp instructions, 16 us at 2 a clock, and 11 shuffles a row 6 us: both hide behind the memory.
 // Means come from L1, 1 KB a row.
 #pragma once
 
@@ -11,9 +11,10 @@
 
 namespace pixcontrast::cuda {
 
-// Any layout by strides: number d of pixel p lies at image * image_stride + inside * pixel_stride + d * number_stride.
+// Any layout by strides: element d of pixel p lies at image * image_stride + inside * pixel_stride + d *
+// channel_stride.
 struct RowPlace {
-  int64_t map_pixels, image_stride, pixel_stride, number_stride;
+  int64_t map_pixels, image_stride, pixel_stride, channel_stride;
 
   __device__ __forceinline__ int64_t at(int64_t pixel) const {
     if (map_pixels == 0) return pixel * pixel_stride;
@@ -22,7 +23,7 @@ struct RowPlace {
 };
 
 // Shared memory of the tile for dLoss/dm: the rows of the block's warps, whatever the shape.
-constexpr size_t kRowsTileBytes = static_cast<size_t>(kWarps) * 32 * kLaneNumbers * sizeof(float);
+constexpr size_t kRowsTileBytes = static_cast<size_t>(kWarps) * 32 * kLaneElements * sizeof(float);
 
 // Adds the tile [rows, columns] of scaled features to the columns from `first` on.
 template <class Shape>
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     RowChunk<T, Shape> row[kRows];
     CU_UNROLL for (int r = 0; r < kRows; ++r) {
       c[r] = __shfl_sync(kAllLanes, own.c, r);
-      if (c[r] >= 0) row[r].load(args.features + place.at(first_pixel + r), place.number_stride, 0, dim);
+      if (c[r] >= 0) row[r].load(args.features + place.at(first_pixel + r), place.channel_stride, 0, dim);
     }
     next = look_up(args, work.share, lane < kRows ? first_pixel + step + lane : args.layout.pixels);
 
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         const float* const mean = args.mean + static_cast<int64_t>(c[r]) * dim;
         row[r].add_products(mean, 0, dim, &square, &product);
         for (int first = kColumns; kRows == 1 && first < dim; first += kColumns) {
-          row[r].load(args.features + place.at(first_pixel + r), place.number_stride, first, dim);
+          row[r].load(args.features + place.at(first_pixel + r), place.channel_stride, first, dim);
           row[r].add_products(mean, first, dim, &square, &product);
         }
       }
@@ -95,15 +96,15 @@ __global__ void __launch_bounds__(kThreads, 3)
         const float share = __shfl_sync(kAllLanes, result.share, r), along = __shfl_sync(kAllLanes, result.along, r);
         const float towards = __shfl_sync(kAllLanes, result.towards, r);
         if (kRows == 1 && dim > kColumns && c[r] >= 0) {
-          row[r].load(args.features + place.at(first_pixel + r), place.number_stride, first, dim);
+          row[r].load(args.features + place.at(first_pixel + r), place.channel_stride, first, dim);
         }
         if (args.grad_features && first_pixel + r < args.layout.pixels) {
           auto* const grad = static_cast<GradOf<T>*>(args.grad_features) + place.at(first_pixel + r);
           if (c[r] >= 0) {
             const float* const mean = args.mean + static_cast<int64_t>(c[r]) * dim;
-            row[r].store_combination(along, towards, mean, first, dim, grad, place.number_stride);
+            row[r].store_combination(along, towards, mean, first, dim, grad, place.channel_stride);
           } else {
-            row[r].store_zeros(first, dim, grad, place.number_stride);
+            row[r].store_zeros(first, dim, grad, place.channel_stride);
           }
         }
         if (args.grad_mean && c[r] >= 0) {

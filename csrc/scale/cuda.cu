@@ -1,7 +1,7 @@
 #include <algorithm>
 
+#include "common/cuda/elements.cuh"
 #include "common/cuda/launch.h"
-#include "common/cuda/numbers.cuh"
 #include "scale/scale.h"
 
 namespace pixcontrast {

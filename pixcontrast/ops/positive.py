@@ -129,8 +129,8 @@ def contrast_with_mean(
 class Positive(torch.autograd.Function):
     """Loss and all its gradients at once, see :func:`pixcontrast.reference.positive`.
 
-    The forward writes the gradients for an incoming gradient of one: the features are read once. The backward hands
-    them on, scaled only if the incoming gradient is another number.
+    Forward computes the gradients for ``grad_output = 1``, in its one pass over the features; backward multiplies them
+    by ``grad_output``.
     """
 
     @staticmethod

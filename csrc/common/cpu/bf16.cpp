@@ -68,21 +68,21 @@ void bf16_product(const Product<uint32_t, float>& args) {
       std::make_integer_sequence<int, kMostRows>());
 }
 
-PIXCONTRAST_TARGET void round(const float* numbers, int64_t count, c10::BFloat16* to) {
+PIXCONTRAST_TARGET void round(const float* elements, int64_t count, c10::BFloat16* to) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(numbers + i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(elements + i)));
   }
-  for (; i < count; ++i) to[i] = numbers[i];
+  for (; i < count; ++i) to[i] = elements[i];
 }
 
-PIXCONTRAST_TARGET void widen(const c10::BFloat16* numbers, int64_t count, float* to) {
+PIXCONTRAST_TARGET void widen(const c10::BFloat16* elements, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
-    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers + i));
+    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(elements + i));
     _mm512_storeu_ps(to + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16)));
   }
-  for (; i < count; ++i) to[i] = numbers[i];
+  for (; i < count; ++i) to[i] = elements[i];
 }
 
 PIXCONTRAST_TARGET void pair_rows(const c10::BFloat16* rows, int64_t count, int64_t dim, uint32_t* to) {

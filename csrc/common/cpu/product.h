@@ -12,19 +12,19 @@ constexpr int64_t padded(int64_t columns) { return (columns + kColumnStep - 1) /
 
 // out [rows, columns] = or += left [rows, units] right [units, columns].
 //
-// A unit is a number, or a pair of bfloat16 (see bf16.h). Columns of right and out lie side by side, left lies in any
+// A unit is an element, or a pair of bfloat16 (see bf16.h). Columns of right and out lie side by side, left lies in any
 // order: so rows of keys can be the left operand, and the transpose of a result, neither of them rearranged.
 template <class Unit, class A>
 struct Product {
   int64_t rows, units, columns;
   const Unit* left;
-  int64_t left_row, left_unit;  // numbers from one to the next
+  int64_t left_row, left_unit;  // elements from one to the next
   const Unit* right;
   int64_t right_unit;
   A* out;
   int64_t out_row;
   bool add;
-  int64_t ahead = 0;  // numbers from what is read of left to what is fetched into the cache meanwhile; 0: nothing
+  int64_t ahead = 0;  // elements from what is read of left to what is fetched into the cache meanwhile; 0: nothing
 };
 
 // Calls tile(first row, std::integral_constant<int, rows of the tile>) for tiles of much the same size, at most Most.

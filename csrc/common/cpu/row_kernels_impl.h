@@ -1,7 +1,7 @@
 // Included by kernels.cpp once for each instruction set, inside a namespace of its own, with
 //   PIXCONTRAST_TARGET     the target attribute of every function
 //   PIXCONTRAST_BYTES      the width of a vector
-//   PIXCONTRAST_REGISTERS  the number of vectors that the processor holds
+//   PIXCONTRAST_REGISTERS  vector registers of the processor
 //   stream()               store of one vector past the caches
 // No include guard, no includes: the same text makes every version.
 
@@ -179,7 +179,7 @@ PIXCONTRAST_TARGET void score(const A* logit, const A* shift, int64_t count, A* 
   }
 }
 
-// Sums and products of numbers that may be added in any order, in as many strands as a vector has lanes.
+// Sums and products of elements that may be added in any order, in as many strands as a vector has lanes.
 template <class A>
 PIXCONTRAST_TARGET A sum(const A* x, int64_t count) {
   using V = Vector<A>;

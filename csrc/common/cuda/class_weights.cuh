@@ -11,7 +11,7 @@ __device__ __forceinline__ float score(float logit, float shift) {
 }
 __device__ __forceinline__ float shift_of(float largest) { return fminf(largest, 0.0f); }
 
-// Integers in the order of the floats, for atomicMax; a number that is none counts as the largest.
+// Integers in the order of the floats, for atomicMax; NaN orders above every other value.
 __device__ __forceinline__ int order_key(float x) {
   const int bits = __float_as_int(x != x ? fabsf(x) : x);
   return bits >= 0 ? bits : bits ^ 0x7fffffff;

@@ -73,8 +73,8 @@ __device__ __forceinline__ void cu_cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
-// Loads N 8x8 matrices of 16-bit numbers: lane 8m + r gives the address (a multiple of 16) of row r of matrix m; lane l
-// gets numbers (l/4, 2(l%4)) and the next, of the transposed matrices if Transposed.
+// Loads N 8x8 matrices of 16-bit elements: lane 8m + r gives the address (a multiple of 16) of row r of matrix m; lane
+// l gets elements (l/4, 2(l%4)) and the next, of the transposed matrices if Transposed.
 template <int N, bool Transposed>
 __device__ __forceinline__ void cu_ldmatrix(uint32_t (&r)[N], const void* row) {
   static_assert(N == 2 || N == 4, "two or four matrices");
@@ -103,7 +103,7 @@ __device__ __forceinline__ void cu_ldmatrix(uint32_t (&r)[N], const void* row) {
 }
 
 // d [16, 8] = a [16, K] b [K, 8] + c. With g = lane / 4 and t = lane % 4: d and c hold (g, 2t), (g, 2t+1), (g+8, 2t),
-// (g+8, 2t+1). For 16-bit numbers (K = 16, two in a register): a (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..), b
+// (g+8, 2t+1). For 16-bit elements (K = 16, two in a register): a (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..), b
 // (2t.., g), (2t+8.., g). For tf32 (K = 8): a (g, t), (g+8, t), (g, t+4), (g+8, t+4), b (t, g), (t+4, g).
 __device__ __forceinline__ void cu_mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                                   const float (&c)[4]) {

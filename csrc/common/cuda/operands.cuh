@@ -6,7 +6,7 @@
 
 namespace pixcontrast::cuda {
 
-// The first `valid` numbers from `from` on, at most a pack of them, in one load if `aligned`.
+// The first `valid` elements from `from` on, at most a pack of them, in one load if `aligned`.
 template <class T>
 __device__ __forceinline__ Pack<T> load_some(const T* from, int valid, bool aligned) {
   if (aligned && valid >= kPack<T>) return load_pack(from);
@@ -25,7 +25,7 @@ __device__ __forceinline__ void put_pack(T* to, Pack<T> pack) {
 // that depth, of which `valid` elements are left.
 template <class Product, class Source>
 class DepthRows {
-  using T = typename Product::Number;
+  using T = typename Product::Element;
 
  public:
   using Tile = OperandTile<T, true>;
@@ -51,7 +51,7 @@ class DepthRows {
 // Elements that lie along the rows: source(depth) is where those of that depth start; `rows` of them exist.
 template <class Product, class Source>
 class RowColumns {
-  using T = typename Product::Number;
+  using T = typename Product::Element;
   static constexpr int kPacks = kTile / kPack<T>;  // of a depth
 
  public:

@@ -1,8 +1,8 @@
-// Matrix products C [M, N] = A [M, K] B [N, K]^T, a tile of 128 x 128 numbers a block, for operands that have to be
+// Matrix products C [M, N] = A [M, K] B [N, K]^T, a tile of 128 x 128 elements a block, for operands that have to be
 // gathered. K, the depth, goes by in steps of 64 bytes: each step is loaded into registers while the one before, in
-// shared memory, is multiplied, so that a step may be put together from single numbers as well as from 16-byte packs.
+// shared memory, is multiplied, so that a step may be put together from single elements as well as from 16-byte packs.
 //
-// Two buffers of both operands take 40 KB. A step of 16-bit numbers is 128 x 128 x 32 products, 850 cycles of the
+// Two buffers of both operands take 40 KB. A step of 16-bit elements is 128 x 128 x 32 products, 850 cycles of the
 // tensor cores of a multiprocessor of an H100 at 60 % of their rate, and two blocks share it: the 1700 cycles between
 // loads cover the latency of memory (about 800). A step of float, 128 x 128 x 16 products, takes its FMA units 2048
 // cycles.
@@ -10,24 +10,24 @@
 
 #include <type_traits>
 
-#include "common/cuda/numbers.cuh"
+#include "common/cuda/elements.cuh"
 
 namespace pixcontrast::cuda {
 
 constexpr int kTile = 128;     // rows of A and of B that a block works on
-constexpr int kThreads = 256;  // 8 warps of 64 x 32 numbers of C: 2 along M, 4 along N
+constexpr int kThreads = 256;  // 8 warps of 64 x 32 elements of C: 2 along M, 4 along N
 constexpr int kWarpM = 64, kWarpN = 32;
 
 template <class T>
 constexpr int kDepth = 64 / static_cast<int>(sizeof(T));  // of a step
 
-// 128 rows of an operand in shared memory, for one step. Numbers that are neighbours in memory stay neighbours: along
-// the depth, or, the other way round, along the rows. The padding lets every read below find its numbers in different
+// 128 rows of an operand in shared memory, for one step. Elements that are neighbours in memory stay neighbours: along
+// the depth, or, the other way round, along the rows. The padding lets every read below find its elements in different
 // banks.
 template <class T, bool kAlongDepth>
 struct OperandTile {
   static constexpr int kStride = kAlongDepth ? kDepth<T> + kPack<T> : kTile + 8;
-  static constexpr int kNumbers = kStride * (kAlongDepth ? kTile : kDepth<T>);
+  static constexpr int kElements = kStride * (kAlongDepth ? kTile : kDepth<T>);
 
   static __device__ __forceinline__ int place(int row, int depth) {
     return kAlongDepth ? row * kStride + depth : depth * kStride + row;
@@ -36,15 +36,15 @@ struct OperandTile {
 
 // Two buffers of both operands; those along the depth are the larger ones.
 template <class T>
-constexpr size_t kSharedBytes = 2 * 2 * OperandTile<T, true>::kNumbers * sizeof(T);
+constexpr size_t kSharedBytes = 2 * 2 * OperandTile<T, true>::kElements * sizeof(T);
 
 // ---- two ways to multiply: every product in float32, or by tensor cores
 
-// A thread has 8 x 8 numbers of C and reads 4 of one operand at a time, 2 packs of each operand for 64 products.
+// A thread has 8 x 8 elements of C and reads 4 of one operand at a time, 2 packs of each operand for 64 products.
 template <class T>
 class ExactProduct {
  public:
-  using Number = T;
+  using Element = T;
   static constexpr int kBlocks = 1;  // of a multiprocessor, 256 registers a thread
 
   static __device__ __forceinline__ T prepare(T x) { return x; }
@@ -63,7 +63,7 @@ class ExactProduct {
     }
   }
 
-  // body(row, column, number) for the numbers of this thread.
+  // body(row, column, element) for the elements of this thread.
   template <class TileA, class TileB, class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
     CU_UNROLL for (int i = 0; i < 8; ++i) {
@@ -112,13 +112,13 @@ class ExactProduct {
   float sums_[8][8] = {};
 };
 
-// A warp has 4 x 4 fragments of 16 x 8 numbers; float is rounded to tf32. Compute capability 8.0 and up. Of the
+// A warp has 4 x 4 fragments of 16 x 8 elements; float is rounded to tf32. Compute capability 8.0 and up. Of the
 // operands it loads 4 and 4 fragments for 16 multiplications; only those of float that lie along the rows need single
 // loads.
 template <class T>
 class TensorProduct {
  public:
-  using Number = T;
+  using Element = T;
   static constexpr int kBlocks = 2;
 
   static __device__ __forceinline__ T prepare(T x) {
@@ -176,7 +176,7 @@ class TensorProduct {
   template <class Tile>
   static __device__ __forceinline__ void load_rows(uint32_t (&to)[4], const T* tile, int i, int depth) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = first_row() + 16 * i + matrix % 2 * 8;
-    if constexpr (std::is_same_v<Tile, OperandTile<T, true>>) {  // 16 bytes are 4 floats as well as 8 16-bit numbers
+    if constexpr (std::is_same_v<Tile, OperandTile<T, true>>) {  // 16 bytes are 4 floats as well as 8 16-bit elements
       cu_ldmatrix<4, false>(to, tile + Tile::place(row + lane % 8, depth + matrix / 2 * kHalf));
     } else if constexpr (sizeof(T) == 2) {
       cu_ldmatrix<4, true>(to, tile + Tile::place(row, depth + matrix / 2 * kHalf + lane % 8));
@@ -212,17 +212,17 @@ class TensorProduct {
 
 // ---- the stream of steps
 
-// Multiplies the operands over depths [0, last), then calls body(row, column, number) for all of the tile. `shared` has
-// kSharedBytes<T>.
+// Multiplies the operands over depths [0, last), then calls body(row, column, element) for all of the tile. `shared`
+// has kSharedBytes<T>.
 template <class Product, class A, class B, class Body>
-__device__ __forceinline__ void multiply(A& a, B& b, int last, typename Product::Number* shared, const Body& body) {
-  using T = typename Product::Number;
-  constexpr int kBuffer = A::Tile::kNumbers + B::Tile::kNumbers;
+__device__ __forceinline__ void multiply(A& a, B& b, int last, typename Product::Element* shared, const Body& body) {
+  using T = typename Product::Element;
+  constexpr int kBuffer = A::Tile::kElements + B::Tile::kElements;
   Product product;
   a.fetch(0);
   b.fetch(0);
   a.put(shared);
-  b.put(shared + A::Tile::kNumbers);
+  b.put(shared + A::Tile::kElements);
   for (int depth = 0, buffer = 0; depth < last; depth += kDepth<T>, buffer = kBuffer - buffer) {
     __syncthreads();  // this step has arrived, and everyone has left the other buffer
     const T* const here = shared + buffer;
@@ -232,10 +232,10 @@ __device__ __forceinline__ void multiply(A& a, B& b, int last, typename Product:
       a.fetch(depth + kDepth<T>);
       b.fetch(depth + kDepth<T>);
     }
-    product.template add<typename A::Tile, typename B::Tile>(here, here + A::Tile::kNumbers);
+    product.template add<typename A::Tile, typename B::Tile>(here, here + A::Tile::kElements);
     if (more) {
       a.put(next);
-      b.put(next + A::Tile::kNumbers);
+      b.put(next + A::Tile::kElements);
     }
   }
   product.template for_each<typename A::Tile, typename B::Tile>(body);

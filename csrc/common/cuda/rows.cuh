@@ -1,14 +1,14 @@
-// Rows of a feature matrix in the registers of a warp. A lane keeps 32 numbers at a time, of one long row or of several
-// short ones: 4 KB in flight a warp in float32, so that 10 warps are enough for the 40 KB a multiprocessor of an H100
-// needs to keep its memory busy.
+// Rows of a feature matrix in the registers of a warp. A lane keeps 32 elements at a time, of one long row or of
+// several short ones: 4 KB in flight a warp in float32, so that 10 warps are enough for the 40 KB a multiprocessor of
+// an H100 needs to keep its memory busy.
 #pragma once
 
-#include "common/cuda/numbers.cuh"
+#include "common/cuda/elements.cuh"
 #include "common/cuda/warp.cuh"
 
 namespace pixcontrast::cuda {
 
-constexpr int kLaneNumbers = 32;
+constexpr int kLaneElements = 32;
 
 template <class T, int Width>
 struct Few {
@@ -49,22 +49,22 @@ __device__ __forceinline__ void write_few(T* to, const Few<T, Width>& few) {
   if constexpr (Width == kPack<T>) {
     union {
       uint4 bits;
-      Few<T, Width> numbers;
+      Few<T, Width> elements;
     };
-    numbers = few;
+    elements = few;
     __stcg(reinterpret_cast<uint4*>(to), bits);
   } else {
     store_few(to, few);
   }
 }
 
-// How a warp lays out rows: lane l holds, in slot k, Width numbers from column Width (32 k + l) of a chunk on.
+// How a warp lays out rows: lane l holds, in slot k, Width elements from column Width (32 k + l) of a chunk on.
 template <int Width_, int Slots_>
 struct RowShape {
   static constexpr int kWidth = Width_, kSlots = Slots_;
   static constexpr int kColumns = 32 * kWidth * kSlots;  // of a chunk
   // Rows that a warp keeps at a time. Where rows may be longer than a chunk, it is one.
-  static constexpr int kRows = kWidth == 1 ? 1 : kLaneNumbers / (kWidth * kSlots);
+  static constexpr int kRows = kWidth == 1 ? 1 : kLaneElements / (kWidth * kSlots);
 
   // body(slot, column) for the lane's share of the chunk that starts at column `first` of `dim`.
   template <class Body>
@@ -78,7 +78,7 @@ struct RowShape {
 };
 
 // A chunk of one row x, from column `first` of `dim` on. The other row y [dim] is dense; `stride` is the distance from
-// one number of x to the next in memory, which must be 1 if Width is more than 1.
+// one element of x to the next in memory, which must be 1 if Width is more than 1.
 template <class T, class Shape>
 struct RowChunk {
   static constexpr int kWidth = Shape::kWidth;
@@ -93,8 +93,8 @@ struct RowChunk {
                                                float* product) const {
     Shape::for_columns(first, dim, [&](int slot, int column) {
       CU_UNROLL for (int i = 0; i < kWidth; ++i) {
-        const float number = to_float(x[slot].x[i]);
-        *square += number * number;
+        const float element = to_float(x[slot].x[i]);
+        *square += element * element;
       }
       if (y == nullptr) return;
       const auto other = load_few<kWidth>(y + column);
@@ -137,16 +137,16 @@ struct RowChunk {
   }
 };
 
-// Calls body with the shape for rows of `dim` numbers of T. `aligned`: every row starts at a multiple of 16 bytes and
-// its numbers lie side by side. Rows of more than 1024 numbers (512 if not aligned) are worked on in chunks and read
+// Calls body with the shape for rows of `dim` elements of T. `aligned`: every row starts at a multiple of 16 bytes and
+// its elements lie side by side. Rows of more than 1024 elements (512 if not aligned) are worked on in chunks and read
 // twice.
 template <class T, class Body>
 auto with_row_shape(int64_t dim, bool aligned, const Body& body) {
   constexpr int width = kPack<T>;
-  if (!aligned) return body(RowShape<1, kLaneNumbers / 2>());
+  if (!aligned) return body(RowShape<1, kLaneElements / 2>());
   if (dim <= 256) return body(RowShape<width, 8 / width>());
   if (dim <= 512) return body(RowShape<width, 16 / width>());
-  return body(RowShape<width, kLaneNumbers / width>());
+  return body(RowShape<width, kLaneElements / width>());
 }
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

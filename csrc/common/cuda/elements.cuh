@@ -1,4 +1,4 @@
-// Numbers as they are stored (float, __nv_bfloat16, __half) and as they are computed with (float), one by one and 16
+// Elements as they are stored (float, __nv_bfloat16, __half) and as they are computed with (float), one by one and 16
 // bytes at a time.
 #pragma once
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
 template <class T>
 using GradOf = pixcontrast::GradOf<T, __half>;
 
-// Numbers of T in 16 bytes.
+// Elements of T in 16 bytes.
 template <class T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 
@@ -50,12 +50,12 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from) {
 }
 
 template <class T>
-__device__ __forceinline__ void store_pack(T* to, const Pack<T>& numbers) {
+__device__ __forceinline__ void store_pack(T* to, const Pack<T>& elements) {
   union {
     uint4 bits;
     Pack<T> pack;
   };
-  pack = numbers;
+  pack = elements;
   *reinterpret_cast<uint4*>(to) = bits;
 }
 
