@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from pixcontrast import ClassMemory, PixelContrastLoss
 from pixcontrast.reference import as_rows
+from pixcontrast.select import labels_at
 
 BACKENDS = ("reference", "extension")
 CLASSES = 4
@@ -159,13 +160,22 @@ def test_compiles_once_for_all_shapes(dynamic: bool | None) -> None:
 def test_labels_that_are_no_class_are_named(max_samples: int | None) -> None:
     features, labels, predict = make_batch()
     criterion = PixelContrastLoss(max_samples=max_samples, max_views=max_samples and 3)
-    labels[0, 4, 0] = 255
+    labels[0, 4, 0] = 200
     queue = torch.randn(CLASSES, 3, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match="labels: 1 of 70 labels are outside 0..3 and are not ignore_index=-1: 255"):
+    with pytest.raises(ValueError, match="labels: 1 of 70 labels are outside 0..3 and are not ignore_index=255: 200"):
         criterion(features, labels, predict, queue)
     with pytest.raises(ValueError, match="outside 0..3"):
         criterion(features, labels, predict, [ClassMemory(CLASSES, 5, 6, dtype=torch.float64)])
-    assert criterion(features, labels, predict).isfinite()  # without a queue any number may be a class ...
-    labels[0, 4, 0] = -2
-    with pytest.raises(ValueError, match=r"outside 0\.\.\d+ and are not ignore_index=-1: -2"):
-        criterion(features, labels, predict)  # ... but none below zero
+    assert criterion(features, labels, predict).isfinite()  # without a queue any number may be a class
+
+
+@pytest.mark.parametrize("ignored", [255, -1, -100])
+def test_ignored_and_negative_labels_are_never_a_class(ignored: int) -> None:
+    features, labels, predict = make_batch()
+    labels[0, 4] = ignored
+    queue = torch.randn(CLASSES, 3, 6, dtype=torch.float64)
+    for criterion in (PixelContrastLoss(max_samples=None, max_views=None), PixelContrastLoss(objective="positive")):
+        _, stats = criterion(features, labels, queue=queue, return_stats=True)
+        counted = stats.counts.sum() if criterion.objective == "positive" else (stats.labels >= 0).sum()
+        at_features = labels_at(labels, features.shape[2:])
+        assert 0 < counted == ((at_features >= 0) & (at_features != 255)).sum() < at_features.numel()

@@ -88,7 +88,7 @@ def draw(case: Case) -> tuple[list[int], Tensor, Tensor]:
     labels = case.labels
     if labels.dim() == 3:
         labels = labels_at(labels, (case.features.shape[2], case.features.shape[3]))
-    anchors = PixelContrastLoss(**case.options).anchors(labels, case.predict, torch.Generator().manual_seed(0))
+    anchors = PixelContrastLoss(**case.options).loss.anchors(labels, case.predict, torch.Generator().manual_seed(0))
     used = anchors.indices >= 0
     return used.nonzero()[:, 0].tolist(), anchors.indices[used], anchors.labels[used]
 

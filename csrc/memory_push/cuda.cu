@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kSelectThreads) segment_topk(const SegmentTopk
   const int thread = threadIdx.x;
   const int64_t s = blockIdx.x;
   const int64_t begin = max(args.segments.start[s], int64_t{0});
-  const int64_t end = min(args.segments.end(s), args.segments.rows);
+  const int64_t end = min(args.segments.start[s] + args.segments.count[s], args.segments.rows);
   if (thread == 0) {
     *best = *worst = 0;
     *eligible = *not_finite = *filled = 0;
