@@ -171,7 +171,7 @@ def test_labels_that_are_no_class_are_named(max_samples: int | None) -> None:
 
 @pytest.mark.parametrize("ignored", [255, -1, -100])
 def test_ignored_and_negative_labels_are_never_a_class(ignored: int) -> None:
-    features, labels, predict = make_batch()
+    features, labels, _ = make_batch()
     labels[0, 4] = ignored
     queue = torch.randn(CLASSES, 3, 6, dtype=torch.float64)
     for criterion in (PixelContrastLoss(max_samples=None, max_views=None), PixelContrastLoss(objective="positive")):
