@@ -1,6 +1,6 @@
 """``make sanitize``: a CPU build with AddressSanitizer and UndefinedBehaviorSanitizer, and tests and the fuzz on it.
 
-The build stands in ``build/sanitize`` beside links to the Python files, and leaves that of the package alone. Leaks are
+The build stands in ``build/sanitize/address`` beside links to the Python files, and leaves that of the package alone. Leaks are
 not looked for: Python and PyTorch keep memory until the process ends.
 """
 
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "build" / "sanitize"
+FOLDER = ROOT / "build" / "sanitize" / "address"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"  # vptr needs types of PyTorch
 TESTS = ("class_order", "fuzz", "gather_pixels", "grouped_linear", "infonce", "kept_memory", "loss_scaling", "memory",
          "memory_push", "norm_linear", "positive", "queues")  # fmt: skip

@@ -28,7 +28,7 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
         drawn = self.random.choices(range(4), (250, 600, 147, 3))[0]
         self.size = drawn if size is None else size
-        self.threads = self.pick(1, 1, 2, 3, 4)
+        self.threads = self.pick(1, 1, 1, 1, 2, 3, 4)
         self.dtype = self.pick(*DTYPES)
 
     def pick(self, *options: Any) -> Any:

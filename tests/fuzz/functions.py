@@ -86,7 +86,7 @@ def positive_call(draw: Draw, with_mean: bool) -> Call:
     return Call(
         function, inputs, tuple(name for name in inputs if name != "queue"), terms, labels.numel() + capacity + dim,
         grad_output, {name: masks[name][0] for name in inputs if name in masks},
-        {name: masks[name][1] for name in inputs if name in masks}, ("features", "queue"),
+        {name: masks[name][1] for name in inputs if name in masks}, normalised=("features", "queue"),
     )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def memory_mean_call(draw: Draw) -> Call:
     return Call(
         function, inputs, tuple(inputs)[1:], lambda t: {"mean": 1.0, "grad logits": 3.0 * dim**0.5},
         capacity + dim, 1.0, {name: stored for name in inputs}, {"queue": stored} if dim else {},
-        ("queue",),
+        normalised=("queue",),
     )  # fmt: skip
 
 
@@ -170,6 +170,7 @@ def infonce_call(draw: Draw) -> Call:
     return Call(
         function, {"features": features, **queues}, ("features",), terms, int(keys.sum()) + places + dim, grad_output,
         {name: mask[0] for name, mask in masks.items()}, {name: mask[1] for name, mask in masks.items()},
+        any_threads=bool(queues),
     )  # fmt: skip
 
 
@@ -194,13 +195,12 @@ def unit_rows_call(draw: Draw) -> Call:
     everything = torch.ones(len(rows), dtype=torch.bool)
     return Call(
         lambda backend, t: {"rows": unit_rows(t["rows"], backend)}, {"rows": rows}, (), lambda t: {"rows": 1.0},
-        rows.shape[1], 1.0, {"rows": everything}, {"rows": everything} if rows.shape[1] else {}, ("rows",),
+        rows.shape[1], 1.0, {"rows": everything}, {"rows": everything} if rows.shape[1] else {}, normalised=("rows",),
     )  # fmt: skip
 
 
 def sorted_by_class(draw: Draw) -> list[str]:
     """``class_order`` and ``valid_labels_at`` beside Python's lists: exact."""
-    torch.set_num_threads(draw.threads)
     classes = draw.number("C", 1)
     labels = torch.where(draw.share(0.9, (shape := draw.map_shape(1))), draw.integers(0, classes + 2, shape), IGNORE)
     odd = torch.tensor([-1, -(2**63), 2**62, 2**31, 2**63 - 1])[draw.integers(0, 5, shape)]

@@ -30,6 +30,7 @@ class Call:
     grad_output: float = 1.0
     valid: Tensors = field(default_factory=dict)  # of inputs, which rows are valid
     matters: Tensors = field(default_factory=dict)  # and which must reach the result if they are not finite
+    any_threads: bool = True  # the same bits with any number of threads
     normalised: tuple[str, ...] = ()  # inputs whose rows are divided by their norm
 
     def inputs_in_double(self) -> Tensors:
@@ -81,9 +82,13 @@ def _check_like(name: str, grad: Tensor, leaf: Tensor) -> None:
 
 def judge(call: Call, draw: Draw) -> list[str]:
     """What is wrong with the call, in words; empty if nothing is."""
-    torch.set_num_threads(draw.threads)
     truth, expected = call.run("reference", double=True), call.run("reference")
-    results, again = call.run("extension"), call.run("extension")
+    torch.set_num_threads(draw.threads)
+    results = call.run("extension")
+    if call.any_threads:
+        torch.set_num_threads(1)
+    again = call.run("extension")
+    torch.set_num_threads(draw.threads)
     problems = [f"{name}: other bits the second time" for name in results if not same_bits(results[name], again[name])]
     if not call.overflows():
         problems += disagreements(call, truth, expected, results, call.terms(call.inputs_in_double()))

@@ -33,7 +33,6 @@ def states_differ(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def memory(draw: Draw) -> list[str]:
     """Pushes by both backends, in float64, and by a memory that goes on from a ``state_dict``."""
-    torch.set_num_threads(draw.threads)
     classes, dim, capacity = draw.number("C", 1), draw.number("D", 1), draw.number("N", 1)
     stored = draw.pick(draw.dtype, torch.float32)
     exact = ClassMemory(classes, capacity, dim, dtype=torch.float64)
@@ -78,7 +77,6 @@ def memory(draw: Draw) -> list[str]:
 
 def queues(draw: Draw) -> list[str]:
     """Both queues: what they hold is finite and repeats, and ignored pixels may be anything."""
-    torch.set_num_threads(draw.threads)
     classes, dim, size = draw.number("C", 1), draw.number("D", 1), draw.number("N", 1)
     variant, seed = draw.pick("paper", "released"), draw.random.randrange(2**31)
     options = {
@@ -144,12 +142,12 @@ def loss_call(draw: Draw) -> Call:
         z = 1.01 / options["temperature"]
         return {"loss": options["temperature"] / 0.07 * (z + 10), "grad features": grad_output / 0.07 * (z + 1)}
 
-    return Call(function, {"features": features}, ("features",), terms, labels.numel() + capacity + dim, grad_output)
+    length = labels.numel() + capacity + dim
+    return Call(function, {"features": features}, ("features",), terms, length, grad_output, any_threads=use_queue)
 
 
 def branch(draw: Draw) -> list[str]:
     """Two steps of a branch: the same memory by both backends in float64, gradients beside those in float64."""
-    torch.set_num_threads(draw.threads)
     objective, variant, seed = (
         draw.pick("positive", "infonce"),
         draw.pick("paper", "released"),

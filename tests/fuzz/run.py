@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from .draw import Draw
 from .modules import CALLS
 
@@ -19,6 +21,12 @@ SHARES = {
     "unit_rows": 10, "class_order, valid_labels_at": 12, "ClassMemory": 5, "PixelQueues": 3, "PixelContrastLoss": 6,
     "ContrastBranch": 1, "refused arguments": 6,
 }  # fmt: skip
+MODULES = (
+    "ClassMemory",
+    "PixelQueues",
+    "ContrastBranch",
+    "class_order, valid_labels_at",
+)  # many threads in all of a case
 
 
 def function_of(seed: int) -> str:
@@ -28,6 +36,8 @@ def function_of(seed: int) -> str:
 def case(seed: int, size: int | None = None, function: str | None = None) -> tuple[str, Draw, list[str]]:
     """Function, choices and problems of one case."""
     name, draw = function or function_of(seed), Draw(seed, size)
+    before = torch.get_num_threads()
+    torch.set_num_threads(draw.threads if name in MODULES else 1)  # judge() sets those of the other functions
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -38,6 +48,7 @@ def case(seed: int, size: int | None = None, function: str | None = None) -> tup
             place = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
             trace = trace.tb_next
         problems = [f"{type(error).__name__} at {place}: {' '.join(str(error).split())[:300]}"]
+    torch.set_num_threads(before)
     return name, draw, problems
 
 
