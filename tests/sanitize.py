@@ -1,7 +1,7 @@
 """``make sanitize``: a CPU build with AddressSanitizer and UndefinedBehaviorSanitizer, and tests and the fuzz on it.
 
-The build stands in ``build/sanitize/address`` beside links to the Python files, and leaves that of the package alone. Leaks are
-not looked for: Python and PyTorch keep memory until the process ends.
+The build stands in ``build/sanitize/address`` beside links to the Python files, and leaves that of the package alone.
+Leaks are not looked for: Python and PyTorch keep memory until the process ends.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> int:
     ):
         codes.append(subprocess.run([sys.executable, "-m", *command], env=environment, cwd=lib).returncode)
     print(f"sanitizers: tests {codes[0]}, fuzz {codes[1]} (0: nothing found), {time.monotonic() - start:.0f} s")
-    return max(codes)
+    return int(any(codes))
 
 
 if __name__ == "__main__":
