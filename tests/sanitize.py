@@ -53,9 +53,11 @@ def main() -> int:
     parser.add_argument("--jobs", default=str(os.cpu_count() or 1), help="compilers at once")
     options = parser.parse_args()
     lib = build(options.jobs)
-    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # libstdc++ too: without it, the sanitizer finds no __cxa_throw, and the first exception ends the process
+    asked = [["gcc", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    libraries = [subprocess.run(one, capture_output=True, text=True, check=True).stdout.strip() for one in asked]
     environment = os.environ | {
-        "LD_PRELOAD": library.stdout.strip(),
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": os.pathsep.join(map(str, (lib, ROOT / "tests", ROOT))),
