@@ -12,7 +12,7 @@ IGNORE = 255
 CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = ({"P": 4, "D": 3, "C": 2, "N": 3}, {"P": 24, "D": 20, "C": 5, "N": 6}, {"P": 64, "D": 40, "C": 20, "N": 10},
-         {"P": 3000, "D": 300, "C": 150, "N": 300})  # fmt: skip
+         {"P": 1500, "D": 130, "C": 40, "N": 100})  # fmt: skip
 
 
 def capability_of(seed: int) -> str:

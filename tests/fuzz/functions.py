@@ -171,6 +171,7 @@ def infonce_call(draw: Draw) -> Call:
         function, {"features": features, **queues}, ("features",), terms, int(keys.sum()) + places + dim, grad_output,
         {name: mask[0] for name, mask in masks.items()}, {name: mask[1] for name, mask in masks.items()},
         any_threads=bool(queues),
+        products=torch.bfloat16 if {features.dtype, *(q.dtype for q in queues.values())} == {torch.bfloat16} else None,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class Call:
     grad_output: float = 1.0
     valid: Tensors = field(default_factory=dict)  # of inputs, which rows are valid
     matters: Tensors = field(default_factory=dict)  # and which must reach the result if they are not finite
+    products: torch.dtype | None = None  # what weights are rounded to before they are multiplied for gradients
     any_threads: bool = True  # the same bits with any number of threads
     normalised: tuple[str, ...] = ()  # inputs whose rows are divided by their norm
 
@@ -120,19 +121,18 @@ def disagreements(
             problems.append(f"{name}: {result.dtype}, expected {reference.dtype}")
         if value.numel() == 0:
             continue
-        exact = value.to(result.dtype).double()  # infinite where the dtype ends
-        seen = reference.isfinite() & exact.isfinite()
+        info, slack = torch.finfo(result.dtype), 8 * math.sqrt(call.length) * call.epsilon() * terms.get(name, 0.0)
+        if call.products is not None and name.startswith("grad"):
+            slack += torch.finfo(call.products).eps * terms.get(name, 0.0)
+        seen = reference.isfinite() & (value.abs() + slack <= info.max)  # beyond, the dtype ends
         if bool((seen & ~result.isfinite()).any()):
             problems.append(f"{name}: not finite, where truth and reference are")
             continue
         seen &= result.isfinite()
         if not seen.any():
             continue
-        info = torch.finfo(result.dtype)
-        sums = call.epsilon()
         error, allowed = (float((t.double() - value)[seen].abs().max()) for t in (result, reference))
-        most = 3 * allowed + info.eps * float(value[seen].abs().max())
-        most += 8 * math.sqrt(call.length) * sums * terms.get(name, 0.0)
+        most = 3 * allowed + info.eps * float(value[seen].abs().max()) + slack
         # the least that the result, and float32 sums before grad_output, can tell from zero
         most += info.smallest_normal * (info.eps if result.dtype == torch.float16 else 1) * max(1.0, call.grad_output)
         if not error <= most:
