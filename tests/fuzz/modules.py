@@ -143,8 +143,11 @@ def loss_call(draw: Draw) -> Call:
         return {"loss": options["temperature"] / 0.07 * (z + 10), "grad features": grad_output / 0.07 * (z + 1)}
 
     length = labels.numel() + capacity + dim
-    return Call(function, {"features": features}, ("features",), terms, length, grad_output, any_threads=use_queue,
-                products=torch.bfloat16 if draw.dtype == torch.bfloat16 and objective == "infonce" else None)  # fmt: skip
+    products = torch.bfloat16 if draw.dtype == torch.bfloat16 and objective == "infonce" else None
+    return Call(
+        function, {"features": features}, ("features",), terms, length, grad_output,
+        products=products, any_threads=use_queue,
+    )  # fmt: skip
 
 
 def branch(draw: Draw) -> list[str]:
