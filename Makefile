@@ -4,19 +4,23 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
+FUZZ_ARGS ?=
+MINUTES ?= 10
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # without a GPU, the build of this tree only serves tests: one architecture is enough
 ifeq (,$(shell command -v nvidia-smi))
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help demo test lint bench gpu env clean
+.PHONY: help demo test lint bench fuzz sanitize gpu env clean
 
 help:
 	@echo "make demo   train on real images and write runs/demo/report.md (3 to 6 minutes on 2 cores)"
 	@echo "make test   build and run all tests (about 10 minutes on 2 cores)"
 	@echo "make lint   check style and types"
 	@echo "make bench  time the operators beside other ways to compute the same (about 9 minutes on 2 cores)"
+	@echo "make fuzz   random cases over every function for MINUTES=10; FUZZ_ARGS='--seed N' repeats one"
+	@echo "make sanitize   tests and random cases on a build with ASan and UBSan (about 10 minutes on 2 cores)"
 	@echo "make gpu    on a machine with a GPU: build, test, time, train, sanitize (installs nothing; GPU_ARGS=--rehearse: anywhere)"
 	@echo "make env    versions, build and devices, for a bug report"
 	@echo "make clean  remove the build and .venv"
@@ -32,6 +36,12 @@ lint: .venv/installed
 
 bench: .venv/built
 	.venv/bin/python -m benchmarks $(BENCH_ARGS)
+
+fuzz: .venv/built
+	PYTHONPATH=tests .venv/bin/python -m fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
+
+sanitize: .venv/installed
+	.venv/bin/python tests/sanitize.py --minutes $(MINUTES)
 
 # with the Python that is there, because a machine with a GPU often has its own PyTorch and no network
 gpu:

@@ -262,6 +262,8 @@ class ContrastBranch(nn.Module):
         row_of_pixel = torch.empty_like(segments.order).scatter_(
             0, segments.order, torch.arange(len(segments.order), device=label.device)
         )
+        if len(row_of_pixel) == 0:  # no pixel: something to point at
+            row_of_pixel = row_of_pixel.new_zeros(1)
         used = anchors.indices >= 0
         rows = torch.where(used, row_of_pixel[anchors.indices.clamp_min(0)], -1)
         return self.project(features, segments), Anchors(rows, anchors.labels)

@@ -160,10 +160,16 @@ def region_rows(embedding: Tensor, labels: Tensor, num_classes: int) -> tuple[Te
 
 
 def _write_released(queue: ClassMemory, c: int, rows: Tensor) -> None:
-    """Write ``rows [K, D]`` into class c and move on by one, or take the last K places and start over."""
+    """Write ``rows [K, D]`` into class c and move on by one, or take the last K places and start over.
+
+    Where the norm of a row is not finite, the place keeps what it has, and ``rejected`` counts it.
+    """
     count, start = rows.shape[0], int(queue.cursors[c])
     over = start + count >= queue.capacity
     if over:
         start = queue.capacity - count
-    queue.rows[c, start : start + count] = unit_rows(rows.to(accumulation_dtype(rows.dtype))).to(queue.rows.dtype)
+    rows, place = rows.to(accumulation_dtype(rows.dtype)), queue.rows[c, start : start + count]
+    finite = torch.linalg.vector_norm(rows, dim=1).isfinite()
+    place.copy_(torch.where(finite[:, None], unit_rows(rows).to(place.dtype), place))
+    queue.rejected.add_((~finite).sum())
     queue.cursors[c] = 0 if over else start + 1

@@ -33,6 +33,8 @@ def logits_at(logits: Tensor, size: tuple[int, int], full: tuple[int, int]) -> T
     Returns:
         ``[B, C, h, w]``.
     """
+    if 0 in (logits.shape[0], *size):  # which grid_sample refuses
+        return logits.new_zeros((*logits.shape[:2], *size))
     steps = []
     for cells, pixels in zip(size, full, strict=True):
         at = _positions(cells, pixels, logits.device).to(logits.dtype)

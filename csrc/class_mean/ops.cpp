@@ -61,6 +61,7 @@ Tensor class_mean_backward(const Tensor& grad_mean_, const Tensor& queue, const 
   const Memory memory(queue, counts, weight_logits);
   const auto grad_mean =
       checked(grad_mean_, "grad_mean", {queue.size(0), queue.size(2)}, accumulation(queue), queue.device());
+  if (queue.numel() == 0) return at::zeros_like(weight_logits, at::MemoryFormat::Contiguous);
   const auto grad_weight_logits = at::empty(weight_logits.sizes(), weight_logits.options());
   Device::dispatch(queue, "class_mean_backward", [&](auto element, const auto& device) {
     using T = decltype(element);

@@ -269,7 +269,8 @@ class Stream {
         if (key >= 0 && key < tile.size()) tile.z(k)[key * kPanelAnchors] = value;
       }
     };
-    set_excluded(std::numeric_limits<A>::max() / 4 * args_.temperature);  // so large that it adds nothing
+    // so large that it adds nothing, also after the division by the temperature, and finite
+    set_excluded(static_cast<A>(std::numeric_limits<A>::max() / 4 * std::min(args_.temperature, 1.0)));
     kernels_.column_positives(z, tile.size(), kPanelAnchors, count, anchors_.inverse_temperature, lse + first,
                               sigmoids + first, softplus + first);
     set_excluded(0);
