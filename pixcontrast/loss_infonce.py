@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,8 +43,8 @@ class InfoNCELoss(nn.Module):
         numbers = {"temperature": temperature, "base_temperature": base_temperature}
         numbers |= {"max_samples": max_samples or 1, "max_views": max_views or 1}
         for name, number in numbers.items():
-            if not number > 0:
-                raise ValueError(f"PixelContrastLoss: {name} must be above 0, got {number}")
+            if not 0 < number < math.inf:
+                raise ValueError(f"PixelContrastLoss: {name} must be above 0 and finite, got {number}")
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.ignore_index = max_samples, max_views, ignore_index
         self.skip_class0, self.diagonal = skip_class0, diagonal

@@ -8,7 +8,8 @@ Notation (Alonso et al., ICCV 2021, Eq. 8, written as inner products of means)::
     loss = loss_weight / C * sum_c L_c        over classes with at least two feature rows and two memory rows
 
 InfoNCE is described at :func:`infonce`. Sums run in float32 (float64 for float64 inputs). A row whose norm is below
-``NORM_FLOOR`` counts as the zero vector in the positive objective; InfoNCE takes rows as they are.
+``NORM_FLOOR`` counts as the zero vector in the positive objective; InfoNCE takes rows as they are. A row whose logit is
+minus infinity weighs nothing; where all of a class are, there are no weights: 0/0 is NaN.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def memory_mean(queue: Tensor, counts: Tensor, weight_logits: Tensor | None = No
         torch.zeros(valid.shape, dtype=dtype, device=queue.device) if weight_logits is None else weight_logits.to(dtype)
     )
     # sigma(b)/sum sigma(b) is the softmax of log sigma(b), which stays finite for logits of any size.
-    log_sigma = logsigmoid(torch.where(valid, logits, 0)).masked_fill(~valid, torch.finfo(dtype).min)
+    log_sigma = logsigmoid(torch.where(valid, logits, 0)).masked_fill(~valid, float("-inf"))
     share = torch.where(valid, torch.softmax(log_sigma, dim=1), 0)
     return torch.einsum("cn,cnd->cd", share, rows)
 
@@ -258,11 +259,11 @@ def positive(
     rows = unit_rows(torch.where(valid[:, None], as_rows(features), 0).to(dtype))
 
     pixels = torch.zeros(num_classes, dtype=torch.int64, device=label.device).index_add(0, index, valid.long())
-    share = _class_share(weight_logits, index, valid, num_classes, dtype)
+    active = (pixels >= MIN_ROWS) & (memory_counts >= MIN_ROWS)
+    share = _class_share(weight_logits, index, valid & active[index], num_classes, dtype)
     means = torch.zeros(num_classes, rows.shape[1], dtype=dtype, device=rows.device).index_add(
         0, index, share[:, None] * rows
     )
-    active = (pixels >= MIN_ROWS) & (memory_counts >= MIN_ROWS)
     class_loss = torch.where(active, 1 - (means * mean.to(dtype)).sum(1), 0)
     return class_loss.sum() * (loss_weight / num_classes), class_loss.detach(), pixels
 
@@ -275,8 +276,8 @@ def _class_share(
         score = valid.to(dtype)
     else:
         log_sigma = logsigmoid(torch.where(valid, weight_logits.reshape(-1).to(dtype), 0))
-        lowest = torch.full((num_classes,), torch.finfo(dtype).min, dtype=dtype, device=index.device)
-        masked = torch.where(valid, log_sigma, torch.finfo(dtype).min)
+        lowest = torch.full((num_classes,), float("-inf"), dtype=dtype, device=index.device)
+        masked = torch.where(valid, log_sigma, float("-inf"))
         top = lowest.scatter_reduce(0, index, masked.detach(), "amax")
         score = torch.where(valid, torch.exp(torch.where(valid, log_sigma - top[index], 0)), 0)
     total = torch.zeros(num_classes, dtype=dtype, device=index.device).index_add(0, index, score)

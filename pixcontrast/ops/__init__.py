@@ -63,6 +63,8 @@ def missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     rebuild = f"rebuild with `{REBUILD}`"
     if _C is None:
         return f"the extension did not load ({load_error}); {rebuild}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "it has no kernel inside of torch.func (vmap, grad, jvp, ...)"
     if device.type == "cpu":
         return None
     if device.type != "cuda":
