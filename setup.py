@@ -126,7 +126,9 @@ class Build(BuildExtension):
     def run(self) -> None:
         super().run()
         place = Path(self.get_ext_fullpath("pixcontrast._C")).with_name("_built.py")
-        place.write_text(f'"""What the extension was built against; written by setup.py."""\n\nTORCH = "{torch.__version__}"\n')
+        place.write_text(
+            f'"""What the extension was built against; written by setup.py."""\n\nTORCH = "{torch.__version__}"\n'
+        )
 
 
 def main() -> None:

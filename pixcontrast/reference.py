@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import leaky_relu, linear, logsigmoid, pad
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ def members(rows: int, start: Tensor | None, count: Tensor) -> Tensor:
 def grouped_linear(rows: Tensor, weight: Tensor, start: Tensor | None, count: Tensor) -> Tensor:
     """``rows [P, D]`` of segment c times the transpose of ``weight[c]``, ``weight [C, E, D]``: ``[P, E]``."""
     classes, total = len(count), len(rows)
-    if torch.compiler.is_compiling():  # where no size can be read: every row by every matrix
+    if torch.compiler.is_compiling() or count.is_meta or isinstance(count, FakeTensor):
+        # no size can be read: every row by every matrix
         member = members(total, start, count)
         products = (torch.where(member[:, c, None], rows @ weight[c].t(), 0) for c in range(classes))
         return sum(products, rows.new_zeros(total, weight.shape[1]))
@@ -207,7 +209,8 @@ def norm_linear(
     shape = (len(count), hidden.shape[1])
     norm_weight, norm_bias, hidden_bias = (t.view(shape) for t in (norm.weight, norm.bias, hidden_bias))
     running_mean, running_var = norm.running_mean.view(shape), norm.running_var.view(shape)
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = "cpu" if hidden.is_meta else hidden.device.type  # autocast does not know meta tensors
+    with torch.autocast(device, enabled=False):
         zeros = x.new_zeros(shape)
         mean = zeros.index_add(0, index, x) / n.clamp_min(1)
         centred = torch.where(valid[:, None], x - mean[index], 0)

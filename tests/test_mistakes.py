@@ -63,7 +63,9 @@ def test_features_and_labels_that_are_no_tensors(call: str) -> None:
 @pytest.mark.parametrize("call", calls())
 def test_labels_with_a_channel(call: str) -> None:
     features, labels = make_batch()
-    with pytest.raises(ValueError, match=r"labels must be \[B, H, W\], got \(2, 1, 16, 20\); use .*labels.squeeze\(1\)"):
+    with pytest.raises(
+        ValueError, match=r"labels must be \[B, H, W\], got \(2, 1, 16, 20\); use .*labels.squeeze\(1\)"
+    ):
         calls()[call](features, labels[:, None])
     with pytest.raises(ValueError, match=r"labels must be \[B, H, W\], got \(2, 3, 16, 20\)$"):
         calls()[call](features, labels[:, None].expand(-1, 3, -1, -1))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import readable
 from . import available
 
 Gradients = tuple[Tensor | None, ...]
@@ -78,7 +79,7 @@ def scaled(
             return [rounded, *wanted[1:]]
         if grad_output.device.type != "cpu":
             torch.ops.pixcontrast.scale_(written, grad_output)
-        elif grad_output.item() != 1:
+        elif not readable(grad_output) or grad_output.item() != 1:
             for grad in written:
                 grad.mul_(grad_output.to(grad.dtype))
     return [rounded if wanted[0] is None else wanted[0], *wanted[1:]]
