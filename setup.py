@@ -1,5 +1,5 @@
-"""Build of the extension ``pixcontrast._C``, and what depends on the PyTorch that it is built against; everything else is
-in pyproject.toml.
+"""Build of the extension ``pixcontrast._C``, and what depends on the PyTorch that it is built against; everything else
+is in pyproject.toml.
 
 A source distribution needs no PyTorch and does not depend on the machine: MANIFEST.in lists its files.
 

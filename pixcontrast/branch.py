@@ -235,6 +235,7 @@ class ContrastBranch(nn.Module):
         check_predict(predict)
         if isinstance(infonce := self.criterion.loss, InfoNCELoss):
             anchors = infonce.anchors(label, predict, generator)
+            infonce.explain_zero(label, anchors, self.memory if self.capacity > 0 else None)
             rows, anchors = self._anchor_rows(features, label, anchors)
             queue = self.memory if self.capacity > 0 else None
             # normalize() of autocast gives float32, and products of mixed dtypes would run in float32

@@ -1,10 +1,9 @@
-"""What a new user gets wrong ends in one error that says what was given and what to do; so does what is not supported."""
+"""What a new user gets wrong, and what is not supported, ends in one error that says what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor

@@ -21,8 +21,8 @@ def check_build(built: str, installed: str) -> None:
     """
     if built.split(".")[:2] != installed.split(".")[:2]:
         raise ImportError(
-            f"the compiled kernels of pixcontrast were built against torch {built}, and torch {installed} is installed: "
-            f"rebuild them (`{REBUILD}` in a checkout) or install that torch again"
+            f"the compiled kernels of pixcontrast were built against torch {built}, and torch {installed} is "
+            f"installed: rebuild them (`{REBUILD}` in a checkout) or install that torch again"
         )
 
 

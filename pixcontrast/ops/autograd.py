@@ -26,8 +26,8 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     """Makes a second differentiation an error. ``backward`` gets ``ctx``, ``ctx.saved_tensors`` and what comes in.
 
     PyTorch's ``once_differentiable`` does so only where ``grad_output`` needs a gradient, which that of a plain loss
-    does not: a gradient penalty would silently get the gradient of its other terms. The gradients that are returned depend
-    on the inputs that were saved, because ``torch.autograd.grad`` runs only what leads to the inputs that it is given.
+    does not: a gradient penalty would silently get the gradient of its other terms. What is returned depends on the
+    inputs that were saved, because ``torch.autograd.grad`` runs only what leads to the inputs that it is given.
     """
 
     @wraps(backward)
