@@ -1,4 +1,7 @@
-"""Build of the extension ``pixcontrast._C``; everything else is in pyproject.toml.
+"""Build of the extension ``pixcontrast._C``, and what depends on the PyTorch that it is built against; everything else
+is in pyproject.toml.
+
+A source distribution needs no PyTorch and does not depend on the machine: MANIFEST.in lists its files.
 
 Environment:
     PIXCONTRAST_CUDA: ``auto`` (default) builds the CUDA kernels if this PyTorch has CUDA and nvcc is found; ``1``
@@ -16,6 +19,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+OLDEST_TORCH = (2, 10)
+
 
 def find_cuda() -> None:
     """Sets CUDA_HOME, unless it is set, to the toolkit that nvcc on the path belongs to, or the usual place: one with
@@ -32,10 +37,24 @@ try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
-    sys.exit(
-        "pixcontrast builds against the PyTorch that it will run with, and none is installed here.\n"
-        "Install torch first, then: pip install --no-build-isolation ."
-    )
+    torch = None  # type: ignore[assignment]
+    BuildExtension = object  # type: ignore[assignment,misc]
+
+
+def check_torch() -> None:
+    """Ends the build if PyTorch is not there or too old."""
+    if torch is None:
+        sys.exit(
+            "pixcontrast builds against the PyTorch that it will run with, and none is installed here.\n"
+            "Install torch first, then: pip install --no-build-isolation ."
+        )
+    if torch_release() < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        sys.exit(f"pixcontrast needs torch {oldest} or newer, {torch.__version__} is installed; upgrade torch first")
+
+
+def torch_release() -> tuple[int, ...]:
+    return tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 def missing_for_cuda() -> str | None:
@@ -68,7 +87,8 @@ def with_cuda() -> bool:
 
 
 def compiler_flags() -> list[str]:
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
+    """Without ``-std``: BuildExtension adds the one that the headers of this PyTorch need."""
+    flags = ["-O3", "-fvisibility=hidden", "-Wall"]
     if sys.platform.startswith("linux"):
         # at::parallel_for needs it. At compile time only: the OpenMP library is the one that torch has already loaded,
         # linking another would give the process two thread pools.
@@ -96,8 +116,34 @@ def extension():
         depends=sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)),
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=[*macros, ("PIXCONTRAST_WITH_CUDA", None)] if cuda else macros,
-        extra_compile_args={"cxx": compiler_flags(), "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]},
+        extra_compile_args={"cxx": compiler_flags(), "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"]},
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+class Build(BuildExtension):
+    """Writes beside the extension what it was built against, because an extension that does not load cannot say so."""
+
+    def run(self) -> None:
+        super().run()
+        place = Path(self.get_ext_fullpath("pixcontrast._C")).with_name("_built.py")
+        place.write_text(
+            f'"""What the extension was built against; written by setup.py."""\n\nTORCH = "{torch.__version__}"\n'
+        )
+
+
+def main() -> None:
+    torch_range = f"torch>={'.'.join(map(str, OLDEST_TORCH))}"
+    if {"sdist", "egg_info"} & set(sys.argv):
+        setup(install_requires=[torch_range, "numpy"])
+        return
+    check_torch()
+    setup(
+        # an extension loads only with the release of torch that it was built against
+        install_requires=[f"torch=={'.'.join(map(str, torch_release()))}.*", "numpy"],
+        ext_modules=[extension()],
+        cmdclass={"build_ext": Build},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -74,6 +74,8 @@ class NodeCounter(TorchDispatchMode):
             count = 0 if func.is_view or "Symbolic" in name else NODES.get(name, 1)
             if name in ("_to_copy", "to") and not isinstance(result, Tensor):
                 count = 0
+            if isinstance(result, Tensor) and result.numel() == 0:  # nothing to launch
+                count = 0
         if count:
             self.nodes[self.part, name] += count
         return result

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .checks import check_label_values
+from .checks import check_float, check_label_map, check_label_values, check_predict, readable
 from .functional import gather_pixels, unit_rows
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
@@ -198,6 +198,7 @@ class ContrastBranch(nn.Module):
         label = self._labels(features, labels, "remember")
         if logits is None:
             return label
+        check_float("logits", logits)
         if logits.dim() != 4 or logits.shape[:2] != (labels.shape[0], self.num_classes):
             raise ValueError(
                 f"ContrastBranch.remember: logits must be [B={labels.shape[0]}, C={self.num_classes}, h', w'], "
@@ -231,8 +232,10 @@ class ContrastBranch(nn.Module):
             ValueError, TypeError: shapes or dtypes that do not fit, named.
         """
         label = self._labels(features, labels, "forward")
+        check_predict(predict)
         if isinstance(infonce := self.criterion.loss, InfoNCELoss):
             anchors = infonce.anchors(label, predict, generator)
+            infonce.explain_zero(label, anchors, self.memory if self.capacity > 0 else None)
             rows, anchors = self._anchor_rows(features, label, anchors)
             queue = self.memory if self.capacity > 0 else None
             # normalize() of autocast gives float32, and products of mixed dtypes would run in float32
@@ -288,6 +291,8 @@ class ContrastBranch(nn.Module):
     def _labels(self, features: Tensor, labels: Tensor, where: str) -> Tensor:
         """Labels at feature resolution ``[B, h, w]``, -1 where they are ignored; complains about what does not fit."""
         width = self.project.first.in_features
+        check_float("features", features)
+        check_label_map("labels", labels, features)
         if features.dim() != 4 or features.shape[1] != width:
             raise ValueError(
                 f"ContrastBranch.{where}: features must be [B, {width}, h, w], got {tuple(features.shape)}"
@@ -297,12 +302,12 @@ class ContrastBranch(nn.Module):
                 f"ContrastBranch.{where}: labels must be [B={features.shape[0]}, H, W], got {tuple(labels.shape)}"
             )
         if labels.dtype != torch.int64:
-            raise TypeError(f"ContrastBranch.{where}: labels must be int64, got {labels.dtype}")
+            raise TypeError(f"ContrastBranch.{where}: labels must be int64, got {labels.dtype}; use labels.long()")
         if labels.device != features.device:
             raise ValueError(
                 f"ContrastBranch.{where}: labels are on {labels.device}, features on {features.device}; move one"
             )
         size = (features.shape[2], features.shape[3])
-        if labels.device.type == "cpu":
+        if readable(labels):
             check_label_values(labels_at(labels, size), self.num_classes, self.ignore_index, f"ContrastBranch.{where}")
         return valid_labels_at(labels, size, self.num_classes, self.ignore_index, self.backend)

@@ -6,16 +6,58 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_pixels_and_labels(features: Tensor, labels: Tensor) -> tuple[int, ...]:
-    """``features [P, D]`` or ``[B, D, H, W]`` and the ``labels`` that go with them, whose shape is returned."""
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting: a CPU tensor that is not traced, fake or inside ``torch.func``."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """A tensor, not what could be made into one."""
+    if not isinstance(tensor, Tensor):
+        given = type(tensor)
+        make = f"torch.from_numpy({name})" if given.__module__ == "numpy" else f"torch.as_tensor({name})"
+        hint = f"; use {make}" if given.__module__ == "numpy" or isinstance(tensor, list | tuple) else ""
+        raise TypeError(f"{name} must be a tensor, got {given.__module__}.{given.__qualname__}{hint}")
+
+
+def check_features(features: Tensor) -> None:
+    """``features [P, D]`` or ``[B, D, H, W]`` with at least one channel."""
     check_float("features", features)
     if features.dim() not in (2, 4):
         raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
+    if features.shape[1] == 0:
+        raise ValueError(f"features must have at least one channel, got {tuple(features.shape)}")
+
+
+def check_label_map(name: str, labels: Tensor, features: Tensor) -> None:
+    """A tensor without the channel that masks are often stored with; the other checks see it at feature resolution."""
+    check_tensor(name, labels)
+    if features.dim() == 4 and labels.dim() == 4:
+        hint = f"; use {name}.squeeze(1)" if labels.shape[1] == 1 else ""
+        raise ValueError(f"{name} must be [B, H, W], got {tuple(labels.shape)}{hint}")
+
+
+def check_predict(predict: object) -> None:
+    """``predict`` holds classes; a queue that was given in its place is named as such."""
+    if predict is None or (isinstance(predict, Tensor) and not predict.is_floating_point()):
+        return
+    given = f"a tensor of {predict.dtype}" if isinstance(predict, Tensor) else f"{type(predict).__name__}"
+    raise TypeError(
+        f"predict, the third argument, must hold predicted classes as integers, got {given}; give a queue as "
+        "queue=..., and of logits [B, C, h, w] their .argmax(1)"
+    )
+
+
+def check_pixels_and_labels(features: Tensor, labels: Tensor) -> tuple[int, ...]:
+    """``features [P, D]`` or ``[B, D, H, W]`` and the ``labels`` that go with them, whose shape is returned."""
+    check_features(features)
     shape = (features.shape[0], *features.shape[2:])
     check_like("labels", labels, shape, features.device)
     check_int64("labels", labels)
@@ -44,7 +86,7 @@ def check_key_count(queues: Sequence[Tensor], device: torch.device) -> None:
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
     """CPU ``labels`` below ``num_classes`` or ignored, as negative ones always are; a GPU would have to wait."""
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+    if not readable(labels):
         return
     wrong = (labels >= num_classes) & (labels != ignore_index)
     if wrong.any():
@@ -61,7 +103,7 @@ def check_excluded(excluded: Tensor, anchors: tuple[Tensor, Tensor], counts: Seq
     indices, labels = anchors
     check_like("excluded", excluded, tuple(labels.shape), labels.device)
     check_int64("excluded", excluded)
-    if torch.compiler.is_compiling() or labels.device.type != "cpu" or not counts:
+    if not readable(labels) or not counts:
         return
     keys = torch.stack(list(counts)).sum(0)
     valid = (indices >= 0) & (labels >= 0) & (labels < len(keys))
@@ -76,7 +118,7 @@ def check_excluded(excluded: Tensor, anchors: tuple[Tensor, Tensor], counts: Seq
 
 def check_range(name: str, values: Tensor, least: int, most: int) -> None:
     """CPU ``values`` within ``least..most``; a GPU would have to wait."""
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
+    if not readable(values):
         return
     wrong = (values < least) | (values > most)
     if wrong.any():
@@ -86,18 +128,21 @@ def check_range(name: str, values: Tensor, least: int, most: int) -> None:
 
 def check_float(name: str, tensor: Tensor) -> None:
     """A dtype that the operators know."""
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
 def check_int64(name: str, tensor: Tensor) -> None:
     """int64."""
+    check_tensor(name, tensor)
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {tensor.dtype}; use {name}.long()")
 
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """That shape, on that device."""
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:

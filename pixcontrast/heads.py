@@ -120,6 +120,6 @@ def _norm_of(norm: nn.BatchNorm1d) -> Norm:
 def in_autocast(rows: Tensor) -> Tensor:
     """``rows`` in the dtype of autocast, if it is on; float64 as it is."""
     device = rows.device.type
-    if rows.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if rows.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return rows
     return rows.to(torch.get_autocast_dtype(device))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .checks import check_features, check_int64, check_label_map, check_like, check_predict
 from .functional import BACKENDS
 from .loss_infonce import InfoNCELoss, Queue
 from .loss_positive import PositiveLoss
@@ -150,15 +151,13 @@ class PixelContrastLoss(nn.Module):
         Raises:
             ValueError, TypeError: arguments that do not fit, named, with what was given and what is expected.
         """
+        check_features(feats)
+        check_label_map("labels", labels, feats)
+        check_predict(predict)
         if feats.dim() == 4 and labels.dim() == 3:
             labels = labels_at(labels, (feats.shape[2], feats.shape[3]))
-        if feats.dim() not in (2, 4):
-            raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(feats.shape)}")
-        shape = (feats.shape[0], *feats.shape[2:])
-        if tuple(labels.shape) != shape:
-            raise ValueError(f"labels must have shape {shape}, got {tuple(labels.shape)}")
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {labels.dtype}; use labels.long()")
+        check_like("labels", labels, (feats.shape[0], *feats.shape[2:]), feats.device)
+        check_int64("labels", labels)
         if isinstance(self.loss, InfoNCELoss):
             if weight_logits is not None or queue_weight_logits is not None:
                 raise ValueError('weight_logits and queue_weight_logits are for objective="positive" alone')

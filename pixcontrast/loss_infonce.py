@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from .functional import infonce_contrast
 from .memory import ClassMemory
 from .select import MAX_LABELS, Anchors, all_anchors, hard_anchors, labels_at
 from .stats import InfoNCEStats, infonce_stats
+from .zero_loss import warn_once, why_no_anchors
 
 Queue = ClassMemory | Tensor
 
@@ -42,8 +44,8 @@ class InfoNCELoss(nn.Module):
         numbers = {"temperature": temperature, "base_temperature": base_temperature}
         numbers |= {"max_samples": max_samples or 1, "max_views": max_views or 1}
         for name, number in numbers.items():
-            if not number > 0:
-                raise ValueError(f"PixelContrastLoss: {name} must be above 0, got {number}")
+            if not 0 < number < math.inf:
+                raise ValueError(f"PixelContrastLoss: {name} must be above 0 and finite, got {number}")
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.ignore_index = max_samples, max_views, ignore_index
         self.skip_class0, self.diagonal = skip_class0, diagonal
@@ -66,7 +68,17 @@ class InfoNCELoss(nn.Module):
         """The loss of anchors drawn from ``labels`` at the resolution of ``features``."""
         rows = [rows_and_counts(part)[0] for part in parts_of(queue)]
         check_label_values(labels, rows[0].shape[0] if rows else MAX_LABELS, self.ignore_index, "labels")
-        return self.contrast(features, self.anchors(labels, predict, generator), queue, return_stats=return_stats)
+        anchors = self.anchors(labels, predict, generator)
+        self.explain_zero(labels, anchors, queue)
+        return self.contrast(features, anchors, queue, return_stats=return_stats)
+
+    def explain_zero(self, labels: Tensor, anchors: Anchors, queue: Queue | Sequence[Queue] | None) -> None:
+        """Warns, the first time, if no anchor has anything to be contrasted with, where that can be read."""
+        if torch.compiler.is_compiling() or self.on_empty == "raise":
+            return
+        parts = [rows_and_counts(part) for part in parts_of(queue)]
+        counts = [torch.full((len(rows),), rows.shape[1]) if count is None else count for rows, count in parts]
+        warn_once(self, why_no_anchors(labels, anchors.labels, self.max_views, self.ignore_index, counts))
 
     def contrast(
         self,

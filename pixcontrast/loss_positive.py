@@ -12,6 +12,7 @@ from .loss_infonce import Queue, refuse_empty, rows_and_counts
 from .memory import ClassMemory
 from .reference import MIN_ROWS
 from .stats import ContrastStats
+from .zero_loss import warn_once, why_no_pairs
 
 
 class PositiveLoss(nn.Module):
@@ -62,6 +63,8 @@ class PositiveLoss(nn.Module):
             loss_weight=self.loss_weight,
             backend=self.backend,
         )
+        if self.on_empty == "zero":
+            warn_once(self, "" if torch.compiler.is_compiling() else why_no_pairs(output.counts, counts))
         if not return_stats and self.on_empty == "zero":
             return output.loss
         taking_part = (output.counts >= MIN_ROWS) & (counts >= MIN_ROWS)

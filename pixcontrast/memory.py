@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_float, check_int64, check_like, check_range
+from .checks import check_float, check_int64, check_label_map, check_like, check_range
 from .distributed import mean_over_ranks, world_size
 from .functional import gather_pixels, memory_mean
 from .ops.class_order import Segments, class_order
@@ -122,9 +122,10 @@ class ClassMemory(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes, devices or (on CPU) images that do not fit, named.
         """
+        self._check_rows("push", rows, quota, num_images)
+        check_label_map("ClassMemory.push: labels", labels, rows)
         if rows.dim() == 4 and labels.dim() == 3:
             labels = labels_at(labels, (rows.shape[2], rows.shape[3]))
-        self._check_rows("push", rows, quota, num_images)
         shape = (rows.shape[0], *rows.shape[2:])
         for name, tensor in (("labels", labels), ("images", images), ("scores", scores)):
             if tensor is not None:
@@ -277,11 +278,11 @@ class ClassMemory(nn.Module):
         return width if self._gathers() else min(width, total)  # other ranks may have more rows
 
     def _check_rows(self, where: str, rows: Tensor, quota: int | None = None, num_images: int = 1) -> None:
+        check_float(f"ClassMemory.{where}: rows", rows)
         if rows.dim() not in (2, 4) or rows.shape[1] != self.dim:
             raise ValueError(
                 f"ClassMemory.{where}: rows must be [P, {self.dim}] or [B, {self.dim}, h, w], got {tuple(rows.shape)}"
             )
-        check_float(f"ClassMemory.{where}: rows", rows)
         check_like(f"ClassMemory.{where}: rows", rows, tuple(rows.shape), self.rows.device)
         if quota is not None and quota < 1:
             raise ValueError(f"ClassMemory.{where}: quota must be at least 1 or None, got {quota}")

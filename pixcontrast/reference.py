@@ -8,7 +8,8 @@ Notation (Alonso et al., ICCV 2021, Eq. 8, written as inner products of means)::
     loss = loss_weight / C * sum_c L_c        over classes with at least two feature rows and two memory rows
 
 InfoNCE is described at :func:`infonce`. Sums run in float32 (float64 for float64 inputs). A row whose norm is below
-``NORM_FLOOR`` counts as the zero vector in the positive objective; InfoNCE takes rows as they are.
+``NORM_FLOOR`` counts as the zero vector in the positive objective; InfoNCE takes rows as they are. A row whose logit is
+minus infinity weighs nothing; where all of a class are, there are no weights: 0/0 is NaN.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import leaky_relu, linear, logsigmoid, pad
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def memory_mean(queue: Tensor, counts: Tensor, weight_logits: Tensor | None = No
         torch.zeros(valid.shape, dtype=dtype, device=queue.device) if weight_logits is None else weight_logits.to(dtype)
     )
     # sigma(b)/sum sigma(b) is the softmax of log sigma(b), which stays finite for logits of any size.
-    log_sigma = logsigmoid(torch.where(valid, logits, 0)).masked_fill(~valid, torch.finfo(dtype).min)
+    log_sigma = logsigmoid(torch.where(valid, logits, 0)).masked_fill(~valid, float("-inf"))
     share = torch.where(valid, torch.softmax(log_sigma, dim=1), 0)
     return torch.einsum("cn,cnd->cd", share, rows)
 
@@ -169,7 +171,8 @@ def members(rows: int, start: Tensor | None, count: Tensor) -> Tensor:
 def grouped_linear(rows: Tensor, weight: Tensor, start: Tensor | None, count: Tensor) -> Tensor:
     """``rows [P, D]`` of segment c times the transpose of ``weight[c]``, ``weight [C, E, D]``: ``[P, E]``."""
     classes, total = len(count), len(rows)
-    if torch.compiler.is_compiling():  # where no size can be read: every row by every matrix
+    if torch.compiler.is_compiling() or count.is_meta or isinstance(count, FakeTensor):
+        # no size can be read: every row by every matrix
         member = members(total, start, count)
         products = (torch.where(member[:, c, None], rows @ weight[c].t(), 0) for c in range(classes))
         return sum(products, rows.new_zeros(total, weight.shape[1]))
@@ -206,7 +209,8 @@ def norm_linear(
     shape = (len(count), hidden.shape[1])
     norm_weight, norm_bias, hidden_bias = (t.view(shape) for t in (norm.weight, norm.bias, hidden_bias))
     running_mean, running_var = norm.running_mean.view(shape), norm.running_var.view(shape)
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = "cpu" if hidden.is_meta else hidden.device.type  # autocast does not know meta tensors
+    with torch.autocast(device, enabled=False):
         zeros = x.new_zeros(shape)
         mean = zeros.index_add(0, index, x) / n.clamp_min(1)
         centred = torch.where(valid[:, None], x - mean[index], 0)
@@ -258,11 +262,11 @@ def positive(
     rows = unit_rows(torch.where(valid[:, None], as_rows(features), 0).to(dtype))
 
     pixels = torch.zeros(num_classes, dtype=torch.int64, device=label.device).index_add(0, index, valid.long())
-    share = _class_share(weight_logits, index, valid, num_classes, dtype)
+    active = (pixels >= MIN_ROWS) & (memory_counts >= MIN_ROWS)
+    share = _class_share(weight_logits, index, valid & active[index], num_classes, dtype)
     means = torch.zeros(num_classes, rows.shape[1], dtype=dtype, device=rows.device).index_add(
         0, index, share[:, None] * rows
     )
-    active = (pixels >= MIN_ROWS) & (memory_counts >= MIN_ROWS)
     class_loss = torch.where(active, 1 - (means * mean.to(dtype)).sum(1), 0)
     return class_loss.sum() * (loss_weight / num_classes), class_loss.detach(), pixels
 
@@ -275,8 +279,8 @@ def _class_share(
         score = valid.to(dtype)
     else:
         log_sigma = logsigmoid(torch.where(valid, weight_logits.reshape(-1).to(dtype), 0))
-        lowest = torch.full((num_classes,), torch.finfo(dtype).min, dtype=dtype, device=index.device)
-        masked = torch.where(valid, log_sigma, torch.finfo(dtype).min)
+        lowest = torch.full((num_classes,), float("-inf"), dtype=dtype, device=index.device)
+        masked = torch.where(valid, log_sigma, float("-inf"))
         top = lowest.scatter_reduce(0, index, masked.detach(), "amax")
         score = torch.where(valid, torch.exp(torch.where(valid, log_sigma - top[index], 0)), 0)
     total = torch.zeros(num_classes, dtype=dtype, device=index.device).index_add(0, index, score)

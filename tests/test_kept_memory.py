@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,37 @@ def test_no_more_is_kept_than_was_once_in_use() -> None:
     both.clear()  # now two blocks may be kept
     again = [gradient("positive", 50_200), gradient("positive", 50_100)]
     assert {grad.data_ptr() for grad in again} == places
+
+
+FORK = """
+import os, sys, traceback, torch
+from pixcontrast.functional import positive_contrast
+
+def gradient(factor):
+    features = torch.ones(10_000, 256).cumsum(0).requires_grad_()
+    queue = torch.arange(4.0 * 3 * 256).view(4, 3, 256).cos()
+    positive_contrast(features, torch.arange(10_000) % 4, queue, loss_weight=factor).loss.backward()
+    return features.grad
+
+torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork
+expected, twice = gradient(1.0).clone(), gradient(2.0).clone()
+held = gradient(1.0)
+child = os.fork()
+if child == 0:
+    try:
+        right = torch.equal(gradient(2.0), twice) and torch.equal(held, expected)
+        held.fill_(float("nan"))
+        os._exit(0 if right and torch.equal(gradient(2.0), twice) else 1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(2)
+again = gradient(1.0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(held, expected) and torch.equal(again, expected)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+def test_a_forked_child_has_kept_memory_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

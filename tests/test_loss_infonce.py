@@ -114,7 +114,7 @@ def test_compiles_into_one_graph(with_queue: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"predict": torch.zeros(2, 5)}, r"predict must be like labels \(2, 5, 7\), got \(2, 5\)"),
+        ({"predict": torch.zeros(2, 5).long()}, r"predict must be like labels \(2, 5, 7\), got \(2, 5\)"),
         (
             {"weight_logits": torch.zeros(2, 5, 7)},
             'weight_logits and queue_weight_logits are for objective="positive" alone',
@@ -129,7 +129,7 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
 
 
 def test_wrong_options_are_named() -> None:
-    with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
+    with pytest.raises(ValueError, match="temperature must be above 0 and finite, got 0"):
         PixelContrastLoss(temperature=0)
     with pytest.raises(ValueError, match="must both be numbers or both be None, got None and 100"):
         PixelContrastLoss(max_samples=None)

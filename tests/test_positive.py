@@ -182,6 +182,42 @@ def test_extreme_logits(logit: float, backend: str, dtype: torch.dtype) -> None:
         assert max(errors.values()) < (1e-11 if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+def test_logits_of_minus_infinity_weigh_nothing_and_a_class_of_them_alone_is_nan(backend: str, maps: bool) -> None:
+    features, labels = torch.randn(40, 8, dtype=torch.float64), torch.arange(40) % 4
+    labels[labels == 3] = torch.tensor([3] + [IGNORE] * 9)  # class 3 has one pixel and takes no part
+    logits = torch.randn(40, dtype=torch.float64)
+    logits[(labels == 0) & (torch.arange(40) > 8)] = -torch.inf  # class 0 keeps three
+    logits[(labels == 1) | (labels == 3)] = -torch.inf
+    queue, counts = torch.randn(4, 6, 8, dtype=torch.float64), torch.tensor([6, 6, 4, 3])
+    queue_logits = torch.randn(4, 6, dtype=torch.float64)
+    queue_logits[2, 1:] = -torch.inf  # one row is left
+    queue_logits[3] = -torch.inf
+    mean = memory_mean(queue, counts, queue_logits, backend)
+    assert mean.isnan().all(1).tolist() == [False, False, False, True]
+    torch.testing.assert_close(mean[2], queue[2, 0] / queue[2, 0].norm())
+
+    x = features.T.reshape(1, 8, 5, 8) if maps else features
+    shape = (1, 5, 8) if maps else (40,)
+    x, a = x.clone().requires_grad_(), logits.view(shape).clone().requires_grad_()
+    output = positive_contrast(
+        x, labels.view(shape), queue, queue_counts=counts, weight_logits=a, ignore_index=IGNORE, backend=backend
+    )
+    assert output.class_loss.isnan().tolist() == [False, True, False, False]
+    kept = torch.tensor([0, 4, 8])
+    w = torch.softmax(torch.nn.functional.logsigmoid(logits[kept]), 0)
+    unit, memory = (torch.nn.functional.normalize(rows, dim=1) for rows in (features[kept], queue[0]))
+    torch.testing.assert_close(output.class_loss[0], (w @ (1 - unit @ memory.T)).mean())
+    output.loss.backward()
+    assert x.grad is not None and a.grad is not None
+    grad = x.grad.flatten(2)[0].T if maps else x.grad
+    undefined = labels == 1
+    assert grad[undefined].isnan().all() and a.grad.flatten()[undefined].isnan().all()
+    assert grad[~undefined].isfinite().all() and a.grad.flatten()[~undefined].isfinite().all()
+    assert not a.grad.flatten()[(labels == 0) & (logits == -torch.inf)].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_ignored_pixels_may_be_anything(backend: str, memory_format: torch.memory_format) -> None:

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
+from importlib.util import find_spec
 
 import torch
 
 BACKENDS = ("auto", "extension", "reference")
 
+REBUILD = "pip install --no-build-isolation ."
+
+
+def check_build(built: str, installed: str) -> None:
+    """Refuses an extension that was built against another release of torch, which would fail to load or crash.
+
+    Raises:
+        ImportError: naming both versions.
+    """
+    if built.split(".")[:2] != installed.split(".")[:2]:
+        raise ImportError(
+            f"the compiled kernels of pixcontrast were built against torch {built}, and torch {installed} is "
+            f"installed: rebuild them (`{REBUILD}` in a checkout) or install that torch again"
+        )
+
+
 try:
-    from .. import _C
+    from .._built import TORCH as _torch_version  # written by setup.py
+except ImportError:
+    _torch_version = ""
+if _torch_version and find_spec("pixcontrast._C"):
+    check_build(_torch_version, torch.__version__)
+
+try:
+    import pixcontrast._C as _C
 
     load_error: str | None = None
     _cuda_version = _C.build_info()["cuda"]  # now, because torch.compile cannot look into the extension
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    load_error = str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name == "pixcontrast._C":
+        load_error = f"there is no pixcontrast/_C for Python {platform.python_version()}"
+    else:
+        built = f"built against torch {_torch_version}" if _torch_version else "built against an unknown torch"
+        load_error = f"{error}; it was {built}, torch {torch.__version__} is installed"
     _cuda_version = ""
     warnings.warn(
-        f"pixcontrast: the compiled kernels did not load ({error}); everything runs, slower, on plain PyTorch. "
-        "To build them: pip install --no-build-isolation .",
+        f"pixcontrast: the compiled kernels did not load ({load_error}); everything runs, slower, on plain PyTorch. "
+        f"To build them, in a checkout: {REBUILD}",
         stacklevel=2,
     )
 
@@ -31,9 +60,11 @@ def available() -> bool:
 
 def missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why there is no compiled kernel for tensors of ``dtype`` on ``device``, and what to do; ``None`` if there is."""
-    rebuild = "rebuild with `pip install --no-build-isolation .`"
+    rebuild = f"rebuild with `{REBUILD}`"
     if _C is None:
         return f"the extension did not load ({load_error}); {rebuild}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "it has no kernel inside of torch.func (vmap, grad, jvp, ...)"
     if device.type == "cpu":
         return None
     if device.type != "cuda":

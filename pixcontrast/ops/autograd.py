@@ -9,30 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import readable
 from . import available
 
 Gradients = tuple[Tensor | None, ...]
 
 
+def keep_connected(ctx: Any, *inputs: Tensor | None) -> None:
+    """For :func:`differentiable_once`, where forward saves no inputs: tensors without elements that depend on them."""
+    if not torch.compiler.is_compiling():
+        with torch.enable_grad():  # a clone, because a slice would keep the memory of its input
+            ctx.connected = [x[:0].clone() for x in inputs if x is not None and x.requires_grad]
+
+
 def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Makes a second differentiation an error.
+    """Makes a second differentiation an error. ``backward`` gets ``ctx``, ``ctx.saved_tensors`` and what comes in.
 
     PyTorch's ``once_differentiable`` does so only where ``grad_output`` needs a gradient, which that of a plain loss
-    does not: a gradient penalty would silently get the gradient of its other terms.
+    does not: a gradient penalty would silently get the gradient of its other terms. What is returned depends on the
+    inputs that were saved, because ``torch.autograd.grad`` runs only what leads to the inputs that it is given.
     """
 
     @wraps(backward)
     def guarded(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each reading
         with torch.no_grad():
-            grads = backward(ctx, *grad_outputs)
+            grads = backward(ctx, saved, *grad_outputs)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return grads
         message = (
             "pixcontrast: gradients of the contrast cannot be differentiated again (a gradient penalty, "
             'torch.autograd.functional.hessian, ...); use backend="reference"'
         )
-        guard = torch._C._functions.DelayedError(message, len(grads))
-        return guard(*[None if grad is None else grad.detach().requires_grad_() for grad in grads])  # type: ignore[arg-type]
+        inputs = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
+        inputs += [x for x in (*saved, *getattr(ctx, "connected", ())) if x is not None and x.requires_grad]
+        guarded_grads = torch._C._functions.DelayedError(message, len(inputs))(*inputs)  # type: ignore[arg-type]
+        return tuple(guarded_grads)[: len(grads)]
 
     return guarded
 
@@ -51,7 +63,8 @@ def scaled(
     if grad_output is None:  # the loss is not used
         return [None for _ in needed]
     wanted = [grad if need else None for need, grad in zip(needed, grads, strict=True)]
-    if torch.compiler.is_compiling():
+    batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output)
+    if torch.compiler.is_compiling() or batched:  # by is_grads_batched=True
         scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in wanted]
         return [None if scaled[0] is None else scaled[0].to(dtype), *scaled[1:]]
     rounded = wanted[0]
@@ -66,7 +79,7 @@ def scaled(
             return [rounded, *wanted[1:]]
         if grad_output.device.type != "cpu":
             torch.ops.pixcontrast.scale_(written, grad_output)
-        elif grad_output.item() != 1:
+        elif not readable(grad_output) or grad_output.item() != 1:
             for grad in written:
                 grad.mul_(grad_output.to(grad.dtype))
     return [rounded if wanted[0] is None else wanted[0], *wanted[1:]]

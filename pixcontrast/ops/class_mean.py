@@ -55,8 +55,8 @@ class MemoryMean(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_mean: Tensor) -> tuple[None, None, Tensor | None]:
-        queue, counts, weight_logits = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_mean: Tensor) -> tuple[None, None, Tensor | None]:
+        queue, counts, weight_logits = saved
         if not ctx.needs_input_grad[2]:
             return None, None, None
         return None, None, torch.ops.pixcontrast.class_mean_backward(grad_mean, queue, counts, weight_logits)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_float, check_int64, check_like, check_range
+from ..checks import check_features, check_int64, check_like, check_range
 from . import available, uses_extension
 from .autograd import differentiable_once
 
@@ -30,14 +30,12 @@ def gather_pixels(features: Tensor, index: Tensor, backend: str = "auto") -> Ten
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or (on CPU) pixels that do not fit, named.
     """
-    check_float("features", features)
-    if features.dim() not in (2, 4):
-        raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
+    check_features(features)
+    check_int64("index", index)
     if index.dim() != 1:
         raise ValueError(f"index must be [R], got {tuple(index.shape)}")
     check_like("index", index, tuple(index.shape), features.device)
-    check_int64("index", index)
-    check_range("index", index, -1, features.numel() // max(features.shape[1], 1) - 1)
+    check_range("index", index, -1, features.numel() // features.shape[1] - 1)
     if uses_extension(backend, features.device, features.dtype):
         return GatherPixels.apply(features, index)
     return reference.gather_pixels(features, index)
@@ -53,8 +51,8 @@ class GatherPixels(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.pixcontrast.scatter_pixels(grad, *ctx.saved_tensors), None
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.pixcontrast.scatter_pixels(grad, *saved), None
 
 
 def _empty_like_features(features: Tensor) -> Tensor:

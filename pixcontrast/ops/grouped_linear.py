@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from . import available, uses_extension
+from .autograd import differentiable_once
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, start: Tensor | None, count: Tensor, backend: str = "auto") -> Tensor:
@@ -38,8 +39,9 @@ class GroupedLinear(torch.autograd.Function):
         return torch.ops.pixcontrast.grouped_linear(rows, start, count, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, start, count = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, start, count = saved
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
             transposed = weight.transpose(1, 2).contiguous()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_excluded, check_float, check_int64, check_key_count, check_like, check_queue
+from ..checks import check_excluded, check_features, check_int64, check_key_count, check_like, check_queue
 from ..select import Anchors
 from . import available, uses_extension
-from .autograd import differentiable_once, scaled, unscaled_grad
+from .autograd import differentiable_once, keep_connected, scaled, unscaled_grad
 
 
 class InfoNCEOutput(NamedTuple):
@@ -58,9 +58,7 @@ def infonce_contrast(
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
     """
-    check_float("features", features)
-    if features.dim() not in (2, 4):
-        raise ValueError(f"features must be [P, D] or [B, D, H, W], got {tuple(features.shape)}")
+    check_features(features)
     for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
@@ -113,6 +111,7 @@ class InfoNCE(torch.autograd.Function):
             features, index, labels, queues, counts, excluded, temperature, base_temperature, loss_weight, *ctx.needs
         )
         ctx.save_for_backward(grad)
+        keep_connected(ctx, features)
         ctx.dtype = features.dtype
         ctx.inputs = 7 + len(queues_and_counts)
         ctx.mark_non_differentiable(anchor_loss, positives)
@@ -121,8 +120,8 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (features,) = scaled(ctx.saved_tensors, ctx.needs, grad_loss, ctx.dtype)
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (features,) = scaled(saved, ctx.needs, grad_loss, ctx.dtype)
         return features, *[None] * (ctx.inputs - 1)
 
 

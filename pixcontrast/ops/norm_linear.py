@@ -112,10 +112,10 @@ class NormLinear(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, weight = ctx.saved_tensors  # once: activation checkpointing recomputes them at each reading
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        *rows, weight = saved
         backward = torch.ops.pixcontrast.norm_linear_backward if ctx.dense else torch.ops.pixcontrast.norm_dot_backward
-        hidden, norm_weight, norm_bias, hidden_bias, weight, bias = backward(grad, *saved, ctx.slope, weight)
+        hidden, norm_weight, norm_bias, hidden_bias, weight, bias = backward(grad, *rows, ctx.slope, weight)
         return hidden, hidden_bias, norm_weight, norm_bias, weight, bias, *[None] * 8
 
 

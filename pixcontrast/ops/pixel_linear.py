@@ -25,6 +25,8 @@ def pixel_linear(features: Tensor, weight: Tensor) -> Tensor:
         return pixel_linear(features.float(), weight.float()).half()  # a hundred times as fast as products in float16
     if features.dim() == 2:
         return linear(features, weight)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # no Function of ours there
+        return linear(features.flatten(2).transpose(1, 2), weight).flatten(0, 1)
     if features.is_contiguous(memory_format=torch.channels_last):
         return linear(features.permute(0, 2, 3, 1).flatten(0, 2), weight)
     return PixelLinear.apply(features.flatten(2), weight).flatten(0, 1)

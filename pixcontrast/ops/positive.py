@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_float, check_int64, check_label_values, check_like, check_pixels_and_labels, check_queue
+from ..checks import (
+    check_float,
+    check_int64,
+    check_label_values,
+    check_like,
+    check_pixels_and_labels,
+    check_queue,
+    readable,
+)
 from . import available, uses_extension
-from .autograd import differentiable_once, scaled, unscaled_grad
+from .autograd import differentiable_once, keep_connected, scaled, unscaled_grad
 from .class_mean import memory_mean
 
 
@@ -118,7 +126,7 @@ def contrast_with_mean(
         loss, class_loss, pixels, unknown = Positive.apply(
             features, labels, weight_logits, mean, counts, loss_weight, ignore_index
         )
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and unknown.item():
+        if readable(labels) and unknown.item():
             check_label_values(labels, mean.shape[0], ignore_index, "labels")
         return PositiveOutput(loss, class_loss, pixels)
     check_label_values(labels, mean.shape[0], ignore_index, "labels")
@@ -149,6 +157,7 @@ class Positive(torch.autograd.Function):
             features, labels, weight_logits, mean, counts, loss_weight, ignore_index, *ctx.needs
         )
         ctx.save_for_backward(*grads)
+        keep_connected(ctx, features, weight_logits, mean)
         ctx.dtype = features.dtype
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
         ctx.set_materialize_grads(False)  # no zeros for these
@@ -156,8 +165,8 @@ class Positive(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        features, weight_logits, mean = scaled(ctx.saved_tensors, ctx.needs, grad_loss, ctx.dtype)
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        features, weight_logits, mean = scaled(saved, ctx.needs, grad_loss, ctx.dtype)
         return features, None, weight_logits, mean, None, None, None
 
 

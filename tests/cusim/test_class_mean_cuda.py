@@ -100,6 +100,18 @@ def test_without_weights(class_mean: Kernels):
     check_memory(run_memory(class_mean, PLAIN, memory), memory)
 
 
+def test_a_class_whose_rows_all_weigh_nothing_is_nan(class_mean: Kernels):
+    memory = make_memory(24, 3, 300, torch.float32)
+    assert memory.weights is not None
+    memory.weights[0, 1:] = -torch.inf  # one row is left
+    check_memory(run_memory(class_mean, PLAIN, memory), memory)
+    memory.weights[0] = -torch.inf
+    mean, grad = run_memory(class_mean, PLAIN, memory)
+    assert grad is not None
+    assert mean.isnan().all(1).tolist() == [True, False, False]
+    assert grad[0].isnan().all() and not grad[1:].isnan().any()
+
+
 def test_without_room(class_mean: Kernels):
     memory = Memory(torch.zeros(2, 0, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 0), torch.ones(2, 8))
     mean, _ = run_memory(class_mean, PLAIN, memory)

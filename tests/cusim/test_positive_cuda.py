@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cusim.kernels import SAME_BITS, Kernels, Way
-from cusim.positive_cases import PLAIN, TYPES, Case, as_maps, check, formula, make_case, run
+from cusim.positive_cases import PLAIN, TYPES, Case, as_maps, check, close_enough, formula, make_case, run
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,21 @@ def test_a_logit_that_is_no_number_shows_in_the_loss_of_its_class_alone(positive
     results = run(positive, PLAIN, case)
     assert results["class_loss"].isnan().tolist() == [False, True]
     assert torch.equal(results["features"].isnan().all(1), case.labels == 1)
+
+
+def test_a_class_without_weights_is_nan_and_a_block_without_weights_adds_nothing(positive: Kernels):
+    case = replace(make_case(16, 3, torch.float32, pixels=700), multiprocessors=2)
+    assert case.weight_logits is not None
+    case.weight_logits[case.labels == 2] = -torch.inf
+    case.weight_logits[(case.labels == 0) & (torch.arange(700) < 350)] = -torch.inf
+    results = run(positive, PLAIN, case)
+    assert results["class_loss"].isnan().tolist() == [False, False, True] and results["loss"].isnan()
+    known = case.labels != 2
+    truth, plain = formula(case, torch.float64), formula(case, torch.float32)
+    close_enough(results["class_loss"][:2], truth["class_loss"][:2], plain["class_loss"][:2])
+    for name in ("features", "weight_logits"):
+        assert results[name][~known].isnan().all()
+        close_enough(results[name][known], truth[name][known], plain[name][known])
 
 
 def test_more_classes_than_sums_fit_in_shared_memory(positive: Kernels):
