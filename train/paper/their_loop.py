@@ -54,6 +54,7 @@ class Problem:
     classes: int
     labelled: int
     total: int
+    memory_rows: int
     batch: int
     size: int
     steps: Sequence[int]
@@ -236,7 +237,9 @@ class Recorder:
             "FeatureMemory": self.remember(main.FeatureMemory),
             "update_ema_variables": self.update(main.update_ema_variables),
             "augment_samples": self.augment(main.augment_samples),
-            "augmentationTransform": lambda given, **maps: transform({k: given[k] for k in {"Mix"} & set(given)}, **maps),
+            "augmentationTransform": lambda given, **maps: transform(
+                {k: given[k] for k in {"Mix"} & set(given)}, **maps
+            ),
             "CrossEntropy2d": self.loss("supervised", main.CrossEntropy2d),
             "CrossEntropyLoss2dPixelWiseWeighted": self.loss("pseudo", main.CrossEntropyLoss2dPixelWiseWeighted),
             "entropy_loss": lambda *args: self.note("entropy", entropy(*args)),
@@ -244,9 +247,10 @@ class Recorder:
         }
 
     def steps(self) -> Iterator[int]:
-        for self.step in self.problem.steps:
-            self.losses, self.view, self.contrasts = {}, 0, 0
-            yield self.step
+        for step in self.problem.steps:
+            self.step, self.losses, self.view, self.contrasts = step, {}, 0, 0
+            torch.manual_seed(step)
+            yield step
         raise _Finished
 
     def loader(self, dataset: _Images, sampler: list[int], **_: Any) -> _Loader:
@@ -280,8 +284,8 @@ class Recorder:
         return adjust
 
     def remember(self, kind: type) -> Callable[..., Any]:
-        def build(*args: Any, **options: Any) -> Any:
-            self.memory = kind(*args, **options)
+        def build(memory_per_class: int, **options: Any) -> Any:
+            self.capacity, self.memory = memory_per_class, kind(memory_per_class=self.problem.memory_rows, **options)
             return self.memory
 
         return build
