@@ -1,4 +1,4 @@
-"""Our training step beside the authors' training loop on the same small problem, and the differences after each step.
+"""Our training step beside the authors' training loop on one small problem, and the differences after each step.
 
 Everything is computed in float64 (``.float()`` too gives float64), so that rounding stays far below what a difference
 in the method makes.
@@ -7,7 +7,7 @@ in the method makes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,38 +28,30 @@ from train.networks.backbone import Backbone
 from train.networks.base import resize
 from train.networks.weights import our_name
 from train.paper.rows import Row, find_row
-from train.paper.their_loop import REPOSITORY, Problem, TheirCode, TheirStep
+from train.paper.their_loop import Problem, TheirCode, TheirStep
 from train.paper.variants import variant_config
 from train.scores import markdown_table
 from train.session import Training, build_training
 from train.step import training_step
 
 LIMIT = 1e-8
-"""Larger relative differences are no rounding: that reaches 1e-10 here, and a changed constant makes 1e-5 or more."""
+"""A larger relative difference is no rounding."""
 STEPS = (0, 1, 2, 1000, 1001, 1999, 2000, *range(2001, 2021))
-"""The first steps, those in which ramp, memory and contrast begin, and 20 with the contrast."""
+"""The first steps, those in which memory, full pseudo-labels and contrast begin, and 20 with the contrast."""
 LAST_STEPS = range(149_899, 149_905)
 """Steps of the domain adaptation in which the first images of the source are used."""
-CLASSES, LABELLED, TOTAL, MEMORY_ROWS, BATCH, SIZE = 5, 32, 44, 64, 4, 48
-"""So small that within :data:`STEPS` quotas are exceeded, the memory overflows, and classes are weighed."""
-SHARPNESS = 12.0
-"""Spread of the initial logits: with this, the teacher is confident enough for the memory."""
 HEADS = {
-    **{f"{head}ion_head.0": f"{head}.first" for head in ("project", "predict")},
-    **{f"{head}ion_head.1": f"{head}.norm" for head in ("project", "predict")},
-    **{f"{head}ion_head.3": f"{head}.last" for head in ("project", "predict")},
+    f"{name}ion_head.{index}": f"{name}.{part}"
+    for name in ("project", "predict")
+    for index, part in ((0, "first"), (1, "norm"), (3, "last"))
 }
-SELECTORS = {
-    "0.weight": "weight1",
-    "0.bias": "bias1",
-    "1.weight": "norm_weight",
-    "1.bias": "norm_bias",
+SELECTORS = {"0.weight": "weight1", "0.bias": "bias1", "1.weight": "norm_weight", "1.bias": "norm_bias"}
+SELECTORS |= {
     "1.running_mean": "running_mean",
     "1.running_var": "running_var",
     "3.weight": "weight2",
     "3.bias": "bias2",
 }
-"""Modules and tensors of their heads and attention networks under our names."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,9 @@ class CompareConfig:
     """Take the same steps with the authors' training loop and with ours, and print the largest differences."""
 
     semiseg: Path
-    """Checkout of https://github.com/Shathe/SemiSeg-Contrastive, whose code is imported and runs."""
+    """Checkout of https://github.com/Shathe/SemiSeg-Contrastive; its code is imported and runs."""
     rows: tuple[str, ...] = ("cityscapes/dv2-imagenet/1-30", "voc/dv2-coco/1-50", "gta5/dv2-imagenet/1-30")
-    """Rows of the paper's tables (see the command rows) whose settings are compared."""
+    """Rows of the paper's tables whose settings are compared; see the command rows."""
 
 
 def compare(config: CompareConfig) -> str:
@@ -78,131 +70,25 @@ def compare(config: CompareConfig) -> str:
     Raises:
         UserError: no such checkout or row, or a difference beyond rounding.
     """
-    found = {name: compare_row(config.semiseg, find_row(name)).largest for name in config.rows}
+    found = {name: compare_row(config.semiseg, find_row(name)) for name in config.rows}
     table = [["largest relative difference", *(f"`{name}`" for name in found)]]
-    for quantity in sorted({quantity for largest in found.values() for quantity in largest}):
-        table.append([quantity, *(f"{largest.get(quantity, (0.0, 0))[0]:.0e}" for largest in found.values())])
+    for quantity in sorted({quantity for comparison in found.values() for quantity in comparison.largest}):
+        table.append([quantity, *(f"{c.largest.get(quantity, (0.0, 0))[0]:.0e}" for c in found.values())])
     text = markdown_table(table)
-    beyond = [
-        f"{quantity} of {name} by {difference:.0e} in step {step}"
-        for name, largest in found.items()
-        for quantity, (difference, step) in largest.items()
-        if not difference <= LIMIT
-    ]
-    if beyond:
+    if beyond := [f"{name}: {comparison.beyond}" for name, comparison in found.items() if comparison.beyond]:
         print(text)
-        raise UserError(f"ours differs from the authors' code: {'; '.join(beyond)}")
+        raise UserError(f"ours differs from the authors' code by more than rounding: {'; '.join(beyond)}")
     return text
-
-
-def our_tensor(tensors: dict[str, Tensor], name: str) -> Tensor | None:
-    """The tensor of ours that is ``name`` in their network; None if there is none.
-
-    Args:
-        tensors: of a learner, by our names.
-    """
-    module, _, leaf = name.partition(".")
-    if module.startswith("contrastive_class_selector_"):
-        which = module.removeprefix("contrastive_class_selector_")
-        stack = "select_memory" if which.startswith("memory") else "select_features"
-        stacked = tensors.get(f"branch.{stack}.{SELECTORS.get(leaf)}")
-        own = None if stacked is None else stacked[int(which.removeprefix("memory"))]
-        return own if own is None or not leaf.startswith("3.") else own[None]
-    head, _, leaf = name.rpartition(".")
-    return tensors.get(f"branch.{HEADS[head]}.{leaf}" if head in HEADS else f"network.{our_name(name)}")
-
-
-class Comparison:
-    """Our training, which takes each step after theirs, and the differences so far."""
-
-    def __init__(self, training: Training, problem: Problem) -> None:
-        self.training, self.problem, self.view = training, problem, 0
-        self.largest: dict[str, tuple[float, int]] = {}
-        self.streams = {name: stream() for name, stream in problem.streams.items()}
-
-    def after(self, theirs: TheirStep) -> None:
-        """Take the step that they have taken, and compare."""
-        t, step = self.training, theirs.step
-        if step != t.step:  # the rate of a step is set at the end of the one before
-            t.step = t.schedule.last_epoch = step
-            for group, rate in zip(t.optimizer.param_groups, t.schedule._get_closed_form_lr(), strict=True):  # type: ignore[attr-defined]
-                group["lr"] = rate
-        self.view = 0
-        self.note("learning rate", step, t.optimizer.param_groups[0]["lr"] - theirs.lr, theirs.lr)
-        source = "source" if t.from_source(step) else "labelled"
-        torch.manual_seed(step)
-        with mock.patch("train.step.augment", self.augment):
-            losses = training_step(t, next(self.streams[source]), next(self.streams["unlabelled"]))
-        for name in (losses.keys() | theirs.losses.keys()) - {"total"}:
-            other = theirs.losses.get(name, 0.0)
-            self.note(f"loss {name}", step, float(losses.get(name, 0.0)) - other, abs(other))
-        for name, learner, model in (("student", t.learner, theirs.student), ("teacher", t.teacher, theirs.teacher)):
-            ours, other = dict(learner.named_parameters()), dict(model.named_parameters())
-            if name == "student":
-                self.note_tensors("gradients", step, *({k: p.grad for k, p in ps.items()} for ps in (ours, other)))
-            self.note_tensors(name, step, ours, other)
-            self.note_tensors(f"{name}'s BatchNorm", step, dict(learner.named_buffers()), dict(model.named_buffers()))
-        assert t.learner.branch is not None
-        for own, rows in zip(MemoryRows(t.learner.branch.memory), theirs.memory, strict=True):
-            if own is None or rows is None or len(own) != len(rows):
-                self.note("memory", step, float(not (own is None and rows is None)), 1.0)
-            else:  # ours are normalised
-                unit = normalize(torch.from_numpy(rows), dim=1)
-                self.note("memory", step, float((torch.from_numpy(own) - unit).abs().max()), 1.0)
-
-    def note(self, quantity: str, step: int, difference: float, size: float) -> None:
-        """Keep the largest ``|difference| / size`` of each quantity."""
-        relative = abs(difference) / size if difference else 0.0
-        if not relative <= self.largest.get(quantity, (-1.0, 0))[0]:  # so that NaN is the largest
-            self.largest[quantity] = (relative, step)
-
-    def note_tensors(
-        self, quantity: str, step: int, ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]
-    ) -> None:
-        """Differences relative to the largest element of a tensor, or to 1/1000 of the largest of all if that is more.
-
-        The attention networks of the memory are left out: their output cancels in the authors' code, and ours does not
-        run them.
-        """
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for name, tensor in theirs.items():
-            if "selector_memory" in name or name.endswith("num_batches_tracked"):
-                continue
-            own = our_tensor({key: value for key, value in ours.items() if value is not None}, name)
-            if own is None and tensor is None:
-                continue
-            part = f"{quantity} of attention" if "selector" in name else quantity
-            zero = torch.zeros_like(tensor if own is None else own)
-            found.setdefault(part, []).append((zero if own is None else own, zero if tensor is None else tensor))
-        for part, pairs in found.items():
-            floor = max(float(b.detach().abs().max()) for _, b in pairs) / 1000
-            for a, b in pairs:
-                difference, size = (x.detach().abs().max() for x in (a - b, b))
-                self.note(part, step, float(difference), max(float(size), floor))
-
-    def augment(
-        self, images: Tensor, labels: Tensor, confidence: Tensor | None, config: AugmentConfig, **options: Any
-    ) -> Any:
-        """Our augmentation without all but ClassMix, which picks what theirs picks."""
-        coin = self.problem.coin(self.training.step, self.view)
-        keys = torch.linspace(0.1, 0.9, self.problem.classes + 1).repeat(len(images), 1)
-        for image, row in enumerate(keys):
-            if not self.problem.ascending(self.training.step, self.view, image):
-                keys[image] = row.flip(0)
-        self.view += 1
-        plain = replace(config, flip=0.0, scale=0.0, jitter=0.0, blur=0.0)
-        with mock.patch("train.augment._coin", lambda share: coin < share), mock.patch("torch.rand", lambda *_: keys):
-            return augment(images, labels, confidence, plain, **options)
 
 
 def compare_row(
     folder: Path, row: Row, steps: Sequence[int] | None = None, change: Callable[[Training], object] = id
 ) -> Comparison:
-    """Take the same steps in both loops.
+    """Take the same steps with both.
 
     Args:
         folder: checkout of their code.
-        steps: numbers of the steps.
+        steps: their numbers.
         change: of our training before the first step.
 
     Raises:
@@ -210,96 +96,172 @@ def compare_row(
     """
     steps = (*STEPS, *(LAST_STEPS if row.adapts else ())) if steps is None else steps
     with TheirCode(folder, row) as code, same_arithmetic():
-        training = our_training(row, code.config["ignore_label"])
-        problem = make_problem(training, steps)
-        tensors = dict(training.learner.state_dict())
-        names = [name for name in code.build(CLASSES).state_dict() if not name.endswith("num_batches_tracked")]
-        weights = {name: our_tensor(tensors, name) for name in names}
-        if lacking := [name for name, tensor in weights.items() if tensor is None]:
-            raise UserError(
-                f"--semiseg {folder}: ours has no {', '.join(lacking[:3])}: give a checkout of {REPOSITORY}"
-            )
+        problem = Problem(steps, {})
+        training = our_training(row, problem, code.config["ignore_label"])
+        fill(problem, training)
+        tensors = training.learner.state_dict()
+        names = (name for name in code.build(problem.classes).state_dict() if "num_batches" not in name)
+        weights = {name: tensor.clone() for name in names if (tensor := our_tensor(tensors, name)) is not None}
         change(training)
         comparison = Comparison(training, problem)
-        code.run(
-            problem, {name: tensor.clone() for name, tensor in weights.items() if tensor is not None}, comparison.after
-        )
+        code.run(problem, weights, comparison.after)
     return comparison
 
 
-def our_training(row: Row, ignore_index: int) -> Training:
-    """Our training at step 0 in float64: networks of one block a stage, with confident and varied predictions."""
+def our_tensor(tensors: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+    """The one of ``tensors`` of a learner that is ``name`` in their network; None if there is none."""
+    module, _, leaf = name.partition(".")
+    if module.startswith("contrastive_class_selector_"):
+        stack = "select_memory" if "memory" in module else "select_features"
+        stacked = tensors.get(f"branch.{stack}.{SELECTORS.get(leaf)}")
+        index = int(module.removeprefix("contrastive_class_selector_").removeprefix("memory"))
+        return None if stacked is None else stacked[index : index + 1] if leaf[0] == "3" else stacked[index]
+    head, _, leaf = name.rpartition(".")
+    return tensors.get(f"branch.{HEADS[head]}.{leaf}" if head in HEADS else f"network.{our_name(name)}")
+
+
+class Comparison:
+    """Our training, which takes each step after theirs, and the largest differences so far with their steps."""
+
+    def __init__(self, training: Training, problem: Problem) -> None:
+        self.training, self.problem, self.view = training, problem, 0
+        self.largest: dict[str, tuple[float, int]] = {}
+        self.streams = {name: stream() for name, stream in problem.streams.items()}
+
+    @property
+    def beyond(self) -> str:
+        """Every quantity that differs by more than rounding; empty if there is none."""
+        items = self.largest.items()
+        return ", ".join(f"{name} {size:.0e} (step {step})" for name, (size, step) in items if not size <= LIMIT)
+
+    def after(self, theirs: TheirStep) -> None:
+        """Take the step that they have taken, and compare."""
+        t, step = self.training, theirs.step
+        if step != t.step:  # else the step before has set the rate
+            t.step = t.schedule.last_epoch = step
+            rates = t.schedule._get_closed_form_lr()  # type: ignore[attr-defined]
+            for group, rate in zip(t.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        self.note("learning rate", step, t.optimizer.param_groups[0]["lr"] - theirs.lr, theirs.lr)
+        self.view, source = 0, "source" if t.from_source(step) else "labelled"
+        torch.manual_seed(step)
+        with mock.patch("train.step.augment", self.augment):
+            losses = training_step(t, next(self.streams[source]), next(self.streams["unlabelled"]))
+        for name in (losses.keys() | theirs.losses.keys()) - {"total"}:
+            term = theirs.losses.get(name, 0.0)
+            self.note(f"loss {name}", step, float(losses.get(name, 0.0)) - term, abs(term))
+        for name, learner, model in (("student", t.learner, theirs.student), ("teacher", t.teacher, theirs.teacher)):
+            ours, other = dict(learner.named_parameters()), dict(model.named_parameters())
+            if name == "student":
+                self.note_tensors("gradients", step, *({k: p.grad for k, p in ps.items()} for ps in (ours, other)))
+            self.note_tensors(name, step, ours, other)
+            self.note_tensors(f"BatchNorm of {name}", step, *(dict(m.named_buffers()) for m in (learner, model)))
+        assert t.learner.branch is not None
+        for own, rows in zip(MemoryRows(t.learner.branch.memory), theirs.memory, strict=True):
+            same_size = own is not None and rows is not None and len(own) == len(rows)
+            unit = normalize(torch.from_numpy(rows), dim=1).numpy() if same_size else None  # ours are normalised
+            apart = float(own is not rows) if unit is None else float(abs(own - unit).max())
+            self.note("memory", step, apart, 1.0)
+
+    def note(self, quantity: str, step: int, difference: float, size: float) -> None:
+        """Keep the largest ``|difference| / size`` of each quantity."""
+        relative = 0.0 if difference == 0 else abs(difference) / size if size else float("inf")
+        largest = self.largest.get(quantity, (-1.0, 0))[0]
+        if relative > largest or relative != relative:  # NaN stays
+            self.largest[quantity] = (relative, step)
+
+    def note_tensors(self, name: str, step: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        """Differences relative to the largest element of a tensor, or to 1/1000 of that of all where that is more.
+
+        The selectors of the memory are left out: in their code the output cancels, and ours does not run them.
+        """
+        found: dict[str, list[tuple[float, float]]] = {}
+        for tensor_name, tensor in theirs.items():
+            own = our_tensor(ours, tensor_name)
+            if "selector_memory" in tensor_name or "num_batches" in tensor_name or own is tensor is None:
+                continue
+            own, tensor = (torch.zeros(()) if x is None else x.detach() for x in (own, tensor))
+            sizes = float((own - tensor).abs().max()), float(tensor.abs().max())
+            found.setdefault(f"{name}, selectors" if "selector" in tensor_name else name, []).append(sizes)
+        for quantity, pairs in found.items():
+            floor = max(size for _, size in pairs) / 1000
+            for difference, size in pairs:
+                self.note(quantity, step, difference, max(size, floor))
+
+    def augment(self, images: Tensor, labels: Tensor, confidence: Tensor | None, config: AugmentConfig, **options: Any):
+        """ClassMix of our augmentation, with the coin and the order of classes that theirs has."""
+        step, coin = self.training.step, self.problem.coin(self.training.step, self.view)
+        keys = torch.linspace(0.1, 0.9, self.problem.classes + 1)
+        ascending = [self.problem.ascending(step, self.view, image) for image in range(len(images))]
+        drawn = torch.stack([keys if first else keys.flip(0) for first in ascending])
+        self.view += 1
+        config = replace(config, flip=0.0, scale=0.0, jitter=0.0, blur=0.0)
+        with mock.patch("train.augment._coin", lambda share: coin < share), mock.patch("torch.rand", lambda *_: drawn):
+            return augment(images, labels, confidence, config, **options)
+
+
+def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
+    """Our training at step 0 with one block in each stage; its predictions are varied, and sure enough to remember."""
     config = variant_config(row, "released")
+    data = replace(config.data, labelled_batch=problem.batch, unlabelled_batch=problem.batch // 2)
     config = replace(
         config,
-        data=replace(config.data, labelled_batch=BATCH, unlabelled_batch=BATCH // 2),
+        data=replace(data, source_root=Path("gta5") if row.adapts else None),
         model=replace(config.model, pretrained=False),
-        method=replace(config.method, memory_rows=MEMORY_ROWS),
+        method=replace(config.method, memory_rows=problem.memory_rows),
     )
-    if row.adapts:
-        config = replace(config, data=replace(config.data, source_root=Path("gta5")))
     with ExitStack() as stack:
         for name in ("deeplab_v2", "deeplab_v3plus"):
-            small = lambda _, *options: Backbone((1, 1, 1, 1), *options)  # noqa: E731
-            stack.enter_context(mock.patch(f"train.networks.{name}.Backbone", small))
-        t = build_training(config, CLASSES, ignore_index, LABELLED, TOTAL - LABELLED)
-    t.learner.double()
+            shallow = mock.patch(f"train.networks.{name}.Backbone", lambda _, *rest: Backbone((1, 1, 1, 1), *rest))
+            stack.enter_context(shallow)
+        unlabelled = problem.total - problem.labelled
+        t = build_training(config, problem.classes, ignore_index, problem.labelled, unlabelled)
+    t.learner.double()  # the memory too
     with torch.no_grad():
         for parameter in t.learner.parameters():
             if parameter.dim() == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
-        logits = copy.deepcopy(t.learner)(torch.rand(BATCH, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3))[0]
-        for name, parameter in t.learner.network.classifier.named_parameters():
-            parameter *= 12 / logits.std((0, 2, 3)).mean()
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        logits = copy.deepcopy(t.learner)(squares(problem) / 255)[0]
+        factor = 12 / logits.std((0, 2, 3)).mean()
+        for name, parameter in t.learner.network.classifier.named_parameters():  # type: ignore[operator, union-attr]
+            parameter *= factor
             if name in ("bias", "convs.0.bias"):
-                parameter -= logits.mean((0, 2, 3)) * 12 / logits.std((0, 2, 3)).mean()
+                parameter -= factor * logits.mean((0, 2, 3))
     t.teacher.double().load_state_dict(t.learner.state_dict())
     return t
 
 
-def make_problem(t: Training, steps: Sequence[int]) -> Problem:
-    """Images of coloured squares; the labels are what the network says at first, with noise and an ignored border."""
+def squares(problem: Problem) -> Tensor:
+    """Labelled batch of images of coloured squares, uint8."""
+    colours = torch.randint(256, (problem.batch, 3, 8, 8), dtype=torch.uint8)
+    return colours.repeat_interleave(problem.size // 8, 2).repeat_interleave(problem.size // 8, 3)
 
-    def batch(size: int) -> Batch:
-        images = (
-            (256 * torch.rand(size, 3, 8, 8))
-            .to(torch.uint8)
-            .repeat_interleave(SIZE // 8, 2)
-            .repeat_interleave(SIZE // 8, 3)
-        )
-        with torch.no_grad():
-            logits = copy.deepcopy(t.learner)(images.double() / 255)[0]
-        labels = resize(logits, images.shape[-2:]).argmax(1)
-        noise = (torch.rand(size, SIZE // 4, SIZE // 4) < 0.2).repeat_interleave(4, 1).repeat_interleave(4, 2)
-        labels = torch.where(noise, torch.randint_like(labels, CLASSES), labels)
+
+def fill(problem: Problem, t: Training) -> None:
+    """Make the batches: labels are what the network says at first, with noise and an ignored border."""
+
+    @torch.no_grad()
+    def batch() -> Batch:
+        images = squares(problem)
+        labels = resize(copy.deepcopy(t.learner)(images / 255)[0], images.shape[-2:]).argmax(1)
+        labels = torch.where(torch.rand(labels.shape) < 0.2, torch.randint_like(labels, problem.classes), labels)
         labels[:, :3] = t.ignore_index
         return images, labels
 
-    batches = {
-        name: [batch(size) for _ in range(7)]
-        for name, size in (("labelled", BATCH), ("source", BATCH), ("unlabelled", BATCH // 2))
-    }
-    return Problem(
-        CLASSES,
-        LABELLED,
-        TOTAL,
-        MEMORY_ROWS,
-        BATCH,
-        SIZE,
-        steps,
-        {name: partial(cycle, found) for name, found in batches.items()},
-    )
+    for name, size in (("labelled", problem.batch), ("source", problem.batch), ("unlabelled", problem.batch // 2)):
+        batches = [tuple(part[:size] for part in batch()) for _ in range(7)]
+        problem.streams[name] = partial(cycle, batches)  # type: ignore[assignment]
 
 
 def same_arithmetic() -> ExitStack:
-    """Float64 wherever a dtype is not named or is float32, and dropout with masks that depend on the shape alone."""
+    """Float64, and dropout whose masks depend on the random state and the shape alone."""
 
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return x * (torch.rand(x.shape) >= p) / (1 - p) if training and p > 0 else x
+    def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
+        return x * (torch.rand(x.shape) >= p) / (1 - p) if training else x
 
-    stack, dtype = ExitStack(), torch.get_default_dtype()
+    stack = ExitStack()
     stack.enter_context(torch.random.fork_rng())
-    stack.callback(torch.set_default_dtype, dtype)
+    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
     torch.set_default_dtype(torch.float64)
     stack.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
     stack.enter_context(mock.patch("torch.nn.functional.dropout", dropout))

@@ -1,8 +1,8 @@
 """The training loop that Alonso et al. released, run from a checkout of their code; nothing of it is stored here.
 
 Their script is imported, its settings come from its own ``__main__`` block and one of its own configurations, and its
-``main`` is called. Replaced are what needs data, a GPU or a download, the depth of the network, the range of the steps,
-and every augmentation but ClassMix.
+``main`` is called. Replaced are what needs data, a GPU or a download, the depth of the network, the size of the memory,
+the range of the steps, and every augmentation but ClassMix.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,38 +31,31 @@ from train.data.batches import Batch
 from train.errors import UserError, reason
 from train.paper.rows import Row
 
-REPOSITORY = "https://github.com/Shathe/SemiSeg-Contrastive"
 UNUSED = ("kornia", "cv2", "scipy", "scipy.misc")
 """Libraries that the script imports to read and augment images, which is not done here."""
-NETWORKS = {
-    "deeplab_v2": "model.deeplabv2_imagenet",
-    "deeplab_v2_coco": "model.deeplabv2",
-    "deeplab_v3plus": "model.deeplabv3",
-}
+GENERIC = ("data", "model", "utils")
+"""Packages of theirs whose names others may have too."""
+NETWORKS = {"deeplab_v2": "deeplabv2_imagenet", "deeplab_v2_coco": "deeplabv2", "deeplab_v3plus": "deeplabv3"}
 
 
 @dataclass
 class Problem:
-    """What both loops are given.
+    """What both loops are given."""
 
-    Attributes:
-        total: labelled and unlabelled images.
-        size: height and width of the images.
-        steps: numbers of the steps that are taken.
-        streams: endless batches of uint8 RGB images and labels: ``labelled``, ``unlabelled``, ``source``.
-    """
-
-    classes: int
-    labelled: int
-    total: int
-    memory_rows: int
-    batch: int
-    size: int
     steps: Sequence[int]
+    """Numbers of the steps that are taken."""
     streams: dict[str, Callable[[], Iterator[Batch]]]
+    """``labelled``, ``unlabelled``, ``source``: endless batches of uint8 RGB images and labels."""
+    classes: int = 5
+    labelled: int = 32
+    total: int = 44
+    """Labelled and unlabelled images."""
+    batch: int = 4
+    size: int = 48
+    memory_rows: int = 64
 
     def coin(self, step: int, view: int) -> float:
-        """The number that decides on ClassMix of a view (0: the labelled images), mostly a small one for view 0."""
+        """What decides on ClassMix of a view (0: the labelled images, for which it is often small)."""
         return random.Random(f"coin {step} {view}").random() ** (2 if view == 0 else 1)
 
     def ascending(self, step: int, view: int, image: int) -> bool:
@@ -71,19 +65,16 @@ class Problem:
 
 @dataclass
 class TheirStep:
-    """The state after a step; the loop goes on to change it.
-
-    Attributes:
-        losses: terms by our names, each with the factor that it has in the sum.
-        memory: of each class rows ``[N, D]``, the newest first, or None.
-    """
+    """The state after a step; the loop goes on to change it."""
 
     step: int
     lr: float
     losses: dict[str, float]
+    """Terms by our names, each with the factor that it has in the sum."""
     student: nn.Module
     teacher: nn.Module
     memory: list[Any]
+    """Of each class rows ``[N, D]``, the newest first, or None."""
 
 
 class TheirCode:
@@ -100,35 +91,36 @@ class TheirCode:
     def __init__(self, folder: Path, row: Row) -> None:
         self.folder, self.row = folder.resolve(), row
         self.script = "trainSSL_domain_adaptation_targetCity" if row.adapts else "trainSSL"
-        kind = "v3" if row.network == "deeplab_v3plus" else {"ImageNet": "imagenet"}.get(row.pretraining, "COCO")
-        name = f"configSSL_{'pascal' if row.dataset == 'voc' else 'city'}_{row.ratio.replace('/', '_')}_split0_{kind}"
-        for file in (f"{self.script}.py", f"configs/{name}.json"):
+        kind = "v3" if row.network == "deeplab_v3plus" else row.pretraining.replace("ImageNet", "imagenet")
+        data = "pascal" if row.dataset == "voc" else "city"
+        files = (f"{self.script}.py", f"configs/configSSL_{data}_{row.ratio.replace('/', '_')}_split0_{kind}.json")
+        for file in files:
             if not (self.folder / file).is_file():
-                raise UserError(f"--semiseg {folder} has no {file}: give a checkout of {REPOSITORY}")
-        self.config = json.loads((self.folder / "configs" / f"{name}.json").read_text(encoding="utf-8"))
+                raise self._unusable(f"there is no {file}")
+        self.config = json.loads((self.folder / files[1]).read_text(encoding="utf-8"))
+
+    def _unusable(self, why: str) -> UserError:
+        return UserError(f"--semiseg {self.folder}: {why}; give a checkout of github.com/Shathe/SemiSeg-Contrastive")
 
     def __enter__(self) -> TheirCode:
-        self._own = {name: sys.modules.pop(name, None) for name in ("data", "model", "utils", *UNUSED)}
+        self._own = {name: sys.modules.pop(name, None) for name in (*GENERIC, *UNUSED)}
         sys.modules.update({name: mock.MagicMock() for name in UNUSED})
         sys.path.insert(0, str(self.folder))
         try:
             with warnings.catch_warnings(action="ignore"):
-                self.main = importlib.import_module(self.script)
-                self.network = importlib.import_module(NETWORKS[self.row.network])
-                self.source = importlib.import_module("data.gta5_loader")
+                names = (self.script, f"model.{NETWORKS[self.row.network]}", "data.gta5_loader")
+                self.main, self.network, self.source = map(importlib.import_module, names)
         except Exception as error:
             self.__exit__()
-            raise UserError(
-                f"--semiseg {self.folder}: {self.script}.py cannot be imported ({reason(error)}): give a checkout of "
-                f"{REPOSITORY}"
-            ) from error
+            raise self._unusable(f"{self.script}.py cannot be imported ({reason(error)})") from error
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.path.remove(str(self.folder))
         for name, module in list(sys.modules.items()):
             places = [vars(module).get("__file__") or "", *(vars(module).get("__path__") or ())]
-            if name in UNUSED or any(place.startswith(str(self.folder)) for place in places):
+            ours = name not in UNUSED and name.split(".")[0] not in GENERIC
+            if not ours or any(place.startswith(str(self.folder)) for place in places):
                 del sys.modules[name]
         sys.modules.update({name: module for name, module in self._own.items() if module is not None})
 
@@ -137,34 +129,30 @@ class TheirCode:
         return self.network.ResNet(self.network.Bottleneck, [1, 1, 1, 1], num_classes)
 
     def run(self, problem: Problem, weights: dict[str, Tensor], after: Callable[[TheirStep], None]) -> None:
-        """Call their ``main`` with these initial weights, and ``after`` after each step.
-
-        Gradients are set to zero between steps instead of to None, as in the PyTorch that the code was written for.
-        """
-        recorder, zero_grad = Recorder(self.main, problem, weights, self.build, after), torch.optim.SGD.zero_grad
+        """Call their ``main`` with these initial weights, and ``after`` after each step."""
+        loop = _Loop(self, problem, weights, after)
         with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
-            config = json.loads(json.dumps(self.config))
-            config["training"].update(batch_size=problem.batch, num_workers=0)
-            config["training"]["data"].update(labeled_samples=problem.labelled)
-            config["training"]["data"]["input_size"] = f"{problem.size},{problem.size}"
-            config["utils"].update(checkpoint_dir=out, save_checkpoint_every=10**9, val_per_iter=10**9)
-            file = Path(out, "given.json")
-            file.write_text(json.dumps(config), encoding="utf-8")
-            patches = [
-                mock.patch.object(sys, "argv", [self.script, "-c", str(file)]),
+            config, training = dict(self.config), dict(self.config["training"])
+            data = training["data"] | {"labeled_samples": problem.labelled, "labelled_samples": problem.labelled}
+            data["input_size"] = f"{problem.size},{problem.size}"
+            config["training"] = training | {"batch_size": problem.batch, "num_workers": 0, "data": data}
+            never = dict.fromkeys(("save_checkpoint_every", "val_per_iter"), 10**9)
+            config["utils"] = config["utils"] | never | {"checkpoint_dir": out}
+            Path(out, "given.json").write_text(json.dumps(config), encoding="utf-8")
+            for patch in (
+                redirect_stdout(io.StringIO()),
+                torch.backends.cudnn.flags(),  # restores what the script sets
+                mock.patch.object(sys, "argv", [self.script, "-c", f"{out}/given.json"]),
                 mock.patch("numpy.long", int, create=True),
                 mock.patch.object(Tensor, "cuda", lambda self, *_: self),
                 mock.patch.object(nn.Module, "cuda", lambda self, *_: self),
-                mock.patch.object(torch.optim.SGD, "zero_grad", lambda self: zero_grad(self, set_to_none=False)),
-                torch.backends.cudnn.flags(),
+                mock.patch.object(torch.optim.SGD, "zero_grad", lambda self: loop.zero_grad(self)),
+                mock.patch.object(self.source, "gtaLoader", lambda *_, **__: range(10**6)),
                 *(mock.patch.object(self.network, name, self.build) for name in dir(self.network) if "Res_" in name),
-                mock.patch.object(self.source, "gtaLoader", lambda *_, **__: _Images("source", 10**6)),
-            ]
-            for patch in patches:
+            ):
                 stack.enter_context(patch)
-            stack.enter_context(redirect_stdout(io.StringIO()))
-            exec(settings_of(Path(self.folder, f"{self.script}.py").read_text(encoding="utf-8")), vars(self.main))
-            for name, value in recorder.replacements().items():
+            exec(settings_of((self.folder / f"{self.script}.py").read_text(encoding="utf-8")), vars(self.main))
+            for name, value in loop.replacements().items():
                 stack.enter_context(mock.patch.object(self.main, name, value, create=True))
             with suppress(_Finished):
                 self.main.main()
@@ -180,137 +168,110 @@ class _Finished(Exception):
     """All steps are taken."""
 
 
-@dataclass
-class _Images:
-    """Stands for a data set of theirs."""
-
-    name: str
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-
-class _Loader:
-    """Stands for a loader: images as floats from 0 to 255, BGR for the COCO weights, and labels."""
-
-    def __init__(self, stream: Callable[[], Iterator[Batch]], bgr: bool) -> None:
-        self.stream, self.bgr = stream, bgr
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for images, labels in self.stream():
-            yield (images.flip(1) if self.bgr else images).float(), labels, None, None, None
-
-
-class Recorder:
-    """Stands for functions and classes of the script ``main``: gives the data, and notes what happens."""
+class _Loop:
+    """Stands in for functions and classes of the script: gives the data, and notes what happens."""
 
     def __init__(
-        self,
-        main: ModuleType,
-        problem: Problem,
-        weights: dict[str, Tensor],
-        build: Callable[[int], nn.Module],
-        after: Callable[[TheirStep], None],
+        self, code: TheirCode, problem: Problem, weights: dict[str, Tensor], after: Callable[[TheirStep], None]
     ) -> None:
-        self.main, self.problem, self.weights, self.build, self.after = main, problem, weights, build, after
+        self.main, self.problem, self.weights, self.after = code.main, problem, weights, after
+        self.bgr = code.row.pretraining == "COCO"
         self.losses: dict[str, float] = {}
-        self.step = self.view = self.contrasts = 0
+        self.step = self.view = 0
+        self._zero_grad = torch.optim.SGD.zero_grad
 
     def replacements(self) -> dict[str, Any]:
         """Globals of the script by name."""
-        main, problem = self.main, self.problem
-        transform, contrast = main.augmentationTransform, main.contrastive_class_to_class_learned_memory
-        entropy = main.entropy_loss
-        last = main.num_iterations
-        return {
+        main, problem, last = self.main, self.problem, self.main.num_iterations
+        transform = main.augmentationTransform
+        replaced: dict[str, Any] = {
             "num_classes": problem.classes,
             "split_id": None,
             "range": lambda *bounds: self.steps() if bounds[-1] == last else range(*bounds),
-            "data": SimpleNamespace(DataLoader=self.loader, sampler=SimpleNamespace(SubsetRandomSampler=list)),
-            "get_loader": lambda _: lambda *_, **__: _Images("", problem.total),
+            "data": SimpleNamespace(DataLoader=self.loader, sampler=SimpleNamespace(SubsetRandomSampler=len)),
+            "get_loader": lambda _: lambda *_, **__: range(problem.total),
             "model_zoo": SimpleNamespace(load_url=lambda _: self.weights),
             "random": SimpleNamespace(
                 random=lambda: problem.coin(self.step, self.view), uniform=lambda low, _: low, seed=lambda _: None
             ),
-            "adjust_learning_rate": self.adjust(main.adjust_learning_rate),
-            "FeatureMemory": self.remember(main.FeatureMemory),
-            "update_ema_variables": self.update(main.update_ema_variables),
-            "augment_samples": self.augment(main.augment_samples),
             "augmentationTransform": lambda given, **maps: transform(
-                {k: given[k] for k in {"Mix"} & set(given)}, **maps
+                {k: v for k, v in given.items() if k == "Mix"}, **maps
             ),
-            "CrossEntropy2d": self.loss("supervised", main.CrossEntropy2d),
-            "CrossEntropyLoss2dPixelWiseWeighted": self.loss("pseudo", main.CrossEntropyLoss2dPixelWiseWeighted),
-            "entropy_loss": lambda *args: self.note("entropy", entropy(*args)),
-            "contrastive_class_to_class_learned_memory": lambda *args: self.note(self.contrast(), contrast(*args)),
         }
+        stand_ins: dict[str, Callable[..., Any]] = {
+            "FeatureMemory": self.build_memory,
+            "update_ema_variables": self.update,
+            "augment_samples": self.augment,
+            "CrossEntropy2d": partial(self.build_loss, "supervised"),
+            "CrossEntropyLoss2dPixelWiseWeighted": partial(self.build_loss, "pseudo"),
+            "entropy_loss": partial(self.call_loss, "entropy"),
+            "contrastive_class_to_class_learned_memory": partial(self.call_loss, "contrast"),
+        }
+        return replaced | {name: partial(stand_in, getattr(main, name)) for name, stand_in in stand_ins.items()}
 
     def steps(self) -> Iterator[int]:
         for step in self.problem.steps:
-            self.step, self.losses, self.view, self.contrasts = step, {}, 0, 0
+            self.step, self.view, self.losses = step, 0, {}
             torch.manual_seed(step)
             yield step
         raise _Finished
 
-    def loader(self, dataset: _Images, sampler: list[int], **_: Any) -> _Loader:
-        name = dataset.name or ("labelled" if len(sampler) == self.problem.labelled else "unlabelled")
-        return _Loader(self.problem.streams[name], self.main.pretraining == "COCO")
+    def loader(self, dataset: range, sampler: int, **_: Any) -> _Batches:
+        target = {self.problem.labelled: "labelled", self.problem.total - self.problem.labelled: "unlabelled"}
+        return _Batches(self.problem.streams[target.get(sampler, "source")], self.bgr)
 
-    def note(self, name: str, value: Any) -> Any:
-        """Note a term with its factor in the sum, which is the gradient of the sum."""
+    def zero_grad(self, optimizer: torch.optim.SGD) -> None:
+        """To zero, not to None: as in the PyTorch that the code was written for."""
+        self.optimizer = optimizer
+        self._zero_grad(optimizer, set_to_none=False)
+
+    def build_memory(self, theirs: Any, memory_per_class: int, **options: Any) -> Any:
+        self.memory = theirs(memory_per_class=self.problem.memory_rows, **options)
+        return self.memory
+
+    def build_loss(self, name: str, theirs: Any, *args: Any, **options: Any) -> nn.Module:
+        module = theirs(*args, **options)
+        module.register_forward_hook(lambda *call: self.note(name, call[-1]))
+        return module
+
+    def call_loss(self, name: str, theirs: Any, *args: Any) -> Any:
+        if name == "contrast":
+            name = "contrast_unlabelled" if "contrast_labelled" in self.losses else "contrast_labelled"
+        value = theirs(*args)
+        self.note(name, value)
+        return value
+
+    def note(self, name: str, value: Any) -> None:
+        """Note a term with its factor in the sum, which is the gradient that arrives at it."""
         self.losses[name] = 0.0
         if isinstance(value, Tensor):
             value.register_hook(lambda grad: self.losses.update({name: float(grad * value.detach())}))
-        return value
 
-    def contrast(self) -> str:
-        self.contrasts += 1
-        return "contrast_labelled" if self.contrasts == 1 else "contrast_unlabelled"
+    def update(self, theirs: Any, **options: Any) -> nn.Module:
+        teacher, lr = theirs(**options), self.optimizer.param_groups[0]["lr"]
+        self.after(TheirStep(self.step, lr, self.losses, options["model"], teacher, self.memory.memory))
+        return teacher
 
-    def loss(self, name: str, kind: type[nn.Module]) -> Callable[..., nn.Module]:
-        def build(*args: Any, **options: Any) -> nn.Module:
-            module = kind(*args, **options)
-            module.register_forward_hook(lambda _, __, value: self.note(name, value))
-            return module
+    def augment(self, theirs: Any, *args: Any, **options: Any) -> Any:
+        images = iter(range(self.problem.batch))
 
-        return build
+        def choose(n: int, k: int, replace: bool) -> list[int]:
+            first = self.problem.ascending(self.step, self.view, next(images))
+            return list(range(k) if first else range(n - k, n))
 
-    def adjust(self, function: Callable[..., None]) -> Callable[..., None]:
-        def adjust(optimizer: Any, step: int) -> None:
-            function(optimizer, step)
-            self.lr = optimizer.param_groups[0]["lr"]
+        with mock.patch("numpy.random.choice", choose):
+            result = theirs(*args, **options)
+        self.view += 1
+        return result
 
-        return adjust
 
-    def remember(self, kind: type) -> Callable[..., Any]:
-        def build(memory_per_class: int, **options: Any) -> Any:
-            self.capacity, self.memory = memory_per_class, kind(memory_per_class=self.problem.memory_rows, **options)
-            return self.memory
+@dataclass
+class _Batches:
+    """Stands in for a loader: images as floats from 0 to 255, BGR for the COCO weights, and labels."""
 
-        return build
+    stream: Callable[[], Iterator[Batch]]
+    bgr: bool
 
-    def update(self, function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        def update(**options: Any) -> nn.Module:
-            teacher = function(**options)
-            self.after(TheirStep(self.step, self.lr, self.losses, options["model"], teacher, self.memory.memory))
-            return teacher
-
-        return update
-
-    def augment(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Theirs, with classes that are chosen by :meth:`Problem.ascending`."""
-
-        def augment(*args: Any, **options: Any) -> Any:
-            images = iter(range(self.problem.batch))
-
-            def choose(n: int, k: int, replace: bool) -> list[int]:
-                first = self.problem.ascending(self.step, self.view, next(images))
-                return list(range(k) if first else range(n - k, n))
-
-            with mock.patch("numpy.random.choice", choose):
-                result = function(*args, **options)
-            self.view += 1
-            return result
-
-        return augment
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for images, labels in self.stream():
+            yield (images.flip(1) if self.bgr else images).float(), labels, None, None, None
