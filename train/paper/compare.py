@@ -6,12 +6,8 @@ in the method makes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,16 +18,13 @@ from torch.nn.functional import normalize
 
 from pixcontrast.compat.semiseg import MemoryRows
 from train.augment import AugmentConfig, augment
-from train.data.batches import Batch
 from train.errors import UserError
-from train.networks.backbone import Backbone
-from train.networks.base import resize
 from train.networks.weights import our_name
 from train.paper.rows import Row, find_row
-from train.paper.their_loop import Problem, TheirCode, TheirStep
-from train.paper.variants import variant_config
+from train.paper.small_problem import Problem, fill, our_training, same_arithmetic
+from train.paper.their_loop import TheirCode, TheirStep
 from train.scores import markdown_table
-from train.session import Training, build_training
+from train.session import Training
 from train.step import training_step
 
 LIMIT = 1e-8
@@ -198,71 +191,3 @@ class Comparison:
         config = replace(config, flip=0.0, scale=0.0, jitter=0.0, blur=0.0)
         with mock.patch("train.augment._coin", lambda share: coin < share), mock.patch("torch.rand", lambda *_: drawn):
             return augment(images, labels, confidence, config, **options)
-
-
-def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
-    """Our training at step 0 with one block in each stage; its predictions are varied, and sure enough to remember."""
-    config = variant_config(row, "released")
-    data = replace(config.data, labelled_batch=problem.batch, unlabelled_batch=problem.batch // 2)
-    config = replace(
-        config,
-        data=replace(data, source_root=Path("gta5") if row.adapts else None),
-        model=replace(config.model, pretrained=False),
-        method=replace(config.method, memory_rows=problem.memory_rows),
-    )
-    with ExitStack() as stack:
-        for name in ("deeplab_v2", "deeplab_v3plus"):
-            shallow = mock.patch(f"train.networks.{name}.Backbone", lambda _, *rest: Backbone((1, 1, 1, 1), *rest))
-            stack.enter_context(shallow)
-        unlabelled = problem.total - problem.labelled
-        t = build_training(config, problem.classes, ignore_index, problem.labelled, unlabelled)
-    t.learner.double()  # the memory too
-    with torch.no_grad():
-        for parameter in t.learner.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        logits = copy.deepcopy(t.learner)(squares(problem) / 255)[0]
-        factor = 12 / logits.std((0, 2, 3)).mean()
-        for name, parameter in t.learner.network.classifier.named_parameters():  # type: ignore[operator, union-attr]
-            parameter *= factor
-            if name in ("bias", "convs.0.bias"):
-                parameter -= factor * logits.mean((0, 2, 3))
-    t.teacher.double().load_state_dict(t.learner.state_dict())
-    return t
-
-
-def squares(problem: Problem) -> Tensor:
-    """Labelled batch of images of coloured squares, uint8."""
-    colours = torch.randint(256, (problem.batch, 3, 8, 8), dtype=torch.uint8)
-    return colours.repeat_interleave(problem.size // 8, 2).repeat_interleave(problem.size // 8, 3)
-
-
-def fill(problem: Problem, t: Training) -> None:
-    """Make the batches: labels are what the network says at first, with noise and an ignored border."""
-
-    @torch.no_grad()
-    def batch() -> Batch:
-        images = squares(problem)
-        labels = resize(copy.deepcopy(t.learner)(images / 255)[0], images.shape[-2:]).argmax(1)
-        labels = torch.where(torch.rand(labels.shape) < 0.2, torch.randint_like(labels, problem.classes), labels)
-        labels[:, :3] = t.ignore_index
-        return images, labels
-
-    for name, size in (("labelled", problem.batch), ("source", problem.batch), ("unlabelled", problem.batch // 2)):
-        batches = [tuple(part[:size] for part in batch()) for _ in range(7)]
-        problem.streams[name] = partial(cycle, batches)  # type: ignore[assignment]
-
-
-def same_arithmetic() -> ExitStack:
-    """Float64, and dropout whose masks depend on the random state and the shape alone."""
-
-    def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
-        return x * (torch.rand(x.shape) >= p) / (1 - p) if training else x
-
-    stack = ExitStack()
-    stack.enter_context(torch.random.fork_rng())
-    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-    torch.set_default_dtype(torch.float64)
-    stack.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
-    stack.enter_context(mock.patch("torch.nn.functional.dropout", dropout))
-    return stack

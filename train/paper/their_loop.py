@@ -11,11 +11,10 @@ import ast
 import importlib
 import io
 import json
-import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from train.data.batches import Batch
 from train.errors import UserError, reason
 from train.paper.rows import Row
+from train.paper.small_problem import Problem
 
 UNUSED = ("kornia", "cv2", "scipy", "scipy.misc")
 """Libraries that the script imports to read and augment images, which is not done here."""
@@ -39,42 +39,15 @@ NETWORKS = {"deeplab_v2": "deeplabv2_imagenet", "deeplab_v2_coco": "deeplabv2", 
 
 
 @dataclass
-class Problem:
-    """What both loops are given."""
-
-    steps: Sequence[int]
-    """Numbers of the steps that are taken."""
-    streams: dict[str, Callable[[], Iterator[Batch]]]
-    """``labelled``, ``unlabelled``, ``source``: endless batches of uint8 RGB images and labels."""
-    classes: int = 5
-    labelled: int = 32
-    total: int = 44
-    """Labelled and unlabelled images."""
-    batch: int = 4
-    size: int = 48
-    memory_rows: int = 64
-
-    def coin(self, step: int, view: int) -> float:
-        """What decides on ClassMix of a view (0: the labelled images, for which it is often small)."""
-        return random.Random(f"coin {step} {view}").random() ** (2 if view == 0 else 1)
-
-    def ascending(self, step: int, view: int, image: int) -> bool:
-        """Whether ClassMix picks the first or the last of the sorted classes of ``image``."""
-        return random.Random(f"order {step} {view} {image}").random() < 0.5
-
-
-@dataclass
 class TheirStep:
     """The state after a step; the loop goes on to change it."""
 
     step: int
     lr: float
-    losses: dict[str, float]
-    """Terms by our names, each with the factor that it has in the sum."""
+    losses: dict[str, float]  # by our names, each with the factor that it has in the sum
     student: nn.Module
     teacher: nn.Module
-    memory: list[Any]
-    """Of each class rows ``[N, D]``, the newest first, or None."""
+    memory: list[Any]  # of each class rows [N, D], the newest first, or None
 
 
 class TheirCode:
@@ -92,8 +65,8 @@ class TheirCode:
         self.folder, self.row = folder.resolve(), row
         self.script = "trainSSL_domain_adaptation_targetCity" if row.adapts else "trainSSL"
         kind = "v3" if row.network == "deeplab_v3plus" else row.pretraining.replace("ImageNet", "imagenet")
-        data = "pascal" if row.dataset == "voc" else "city"
-        files = (f"{self.script}.py", f"configs/configSSL_{data}_{row.ratio.replace('/', '_')}_split0_{kind}.json")
+        part = f"{'pascal' if row.dataset == 'voc' else 'city'}_{row.ratio.replace('/', '_')}"
+        files = f"{self.script}.py", f"configs/configSSL_{part}_split0_{kind}.json"
         for file in files:
             if not (self.folder / file).is_file():
                 raise self._unusable(f"there is no {file}")
@@ -119,8 +92,8 @@ class TheirCode:
         sys.path.remove(str(self.folder))
         for name, module in list(sys.modules.items()):
             places = [vars(module).get("__file__") or "", *(vars(module).get("__path__") or ())]
-            ours = name not in UNUSED and name.split(".")[0] not in GENERIC
-            if not ours or any(place.startswith(str(self.folder)) for place in places):
+            named = name in UNUSED or name.split(".")[0] in GENERIC
+            if named or any(place.startswith(str(self.folder)) for place in places):
                 del sys.modules[name]
         sys.modules.update({name: module for name, module in self._own.items() if module is not None})
 
@@ -133,8 +106,8 @@ class TheirCode:
         loop = _Loop(self, problem, weights, after)
         with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
             config, training = dict(self.config), dict(self.config["training"])
-            data = training["data"] | {"labeled_samples": problem.labelled, "labelled_samples": problem.labelled}
-            data["input_size"] = f"{problem.size},{problem.size}"
+            size = f"{problem.size},{problem.size}"
+            data = training["data"] | {"labeled_samples": problem.labelled, "input_size": size}
             config["training"] = training | {"batch_size": problem.batch, "num_workers": 0, "data": data}
             never = dict.fromkeys(("save_checkpoint_every", "val_per_iter"), 10**9)
             config["utils"] = config["utils"] | never | {"checkpoint_dir": out}
@@ -165,7 +138,7 @@ def settings_of(source: str) -> Any:
 
 
 class _Finished(Exception):
-    """All steps are taken."""
+    pass
 
 
 class _Loop:
@@ -217,8 +190,9 @@ class _Loop:
         raise _Finished
 
     def loader(self, dataset: range, sampler: int, **_: Any) -> _Batches:
-        target = {self.problem.labelled: "labelled", self.problem.total - self.problem.labelled: "unlabelled"}
-        return _Batches(self.problem.streams[target.get(sampler, "source")], self.bgr)
+        p = self.problem
+        name = {p.labelled: "labelled", p.total - p.labelled: "unlabelled"}.get(sampler, "source")
+        return _Batches(p.streams[name], self.bgr)
 
     def zero_grad(self, optimizer: torch.optim.SGD) -> None:
         """To zero, not to None: as in the PyTorch that the code was written for."""

@@ -27,7 +27,8 @@ from pixcontrast import ContrastBranch
 from train.paper import compare as module
 from train.paper.compare import LIMIT, CompareConfig, Comparison, compare, compare_row, our_tensor
 from train.paper.rows import find_row
-from train.paper.their_loop import Problem, TheirCode, settings_of
+from train.paper.small_problem import Problem
+from train.paper.their_loop import TheirCode, settings_of
 from train.session import Training
 
 CHECKOUT = os.environ.get("PIXCONTRAST_SEMISEG", "")
@@ -89,7 +90,7 @@ def of_branch(name: str, value: Any) -> Callable[[Training], None]:
         (CITYSCAPES, (1001,), of_branch("quota", 1), "memory"),
         (CITYSCAPES, (1001,), of_branch("threshold", 0.9), "memory"),
         (CITYSCAPES, (1,), lambda t: setattr(t.schedule, "power", 1.0), "learning rate"),
-        (VOC, (0,), with_method(labelled_classmix=0.0), "loss supervised"),
+        (VOC, (0,), lambda t: setattr(t, "weak", replace(t.weak, classmix=0.1)), "loss supervised"),
         (VOC, (2001,), with_method(mix_background=None), "gradients"),
         (GTA5, (1001, 149_900, 149_901), with_method(source_steps="alternate"), "loss supervised"),
     ],
