@@ -137,8 +137,7 @@ def settings_of(source: str) -> Any:
     return compile(ast.Module([line for line in block.body if ast.unparse(line) != "main()"], []), "settings", "exec")
 
 
-class _Finished(Exception):
-    pass
+class _Finished(Exception): ...
 
 
 class _Loop:
