@@ -13,6 +13,7 @@ from .loss import PixelContrastLoss
 from .loss_infonce import InfoNCELoss
 from .memory import ClassMemory
 from .ops.class_order import Segments, class_order, valid_labels_at
+from .reference import MIN_ROWS
 from .select import Anchors, all_anchors, confident, labels_at, logits_at
 from .stats import ContrastStats, InfoNCEStats
 
@@ -177,17 +178,21 @@ class ContrastBranch(nn.Module):
             return
         if self.variant == "released":
             segments = classes = class_order(label, self.num_classes, self.backend)
+            scored = classes.count
             rows = ranked = heads.project(features, segments)
             quota, images_of_class = None if self.quota is None else self.quota * batch, 1
+            if quota is not None:  # theirs scores a class only where it has too many rows; others stay in pixel order
+                scored = torch.where(classes.count > quota, classes.count, 0)
         else:
             by_image = torch.where(label >= 0, label * batch + images, -1)
             segments = class_order(by_image, self.num_classes * batch, self.backend)
             count = segments.count.view(-1, batch).sum(1)
             classes = segments._replace(order=None, start=segments.start[::batch].contiguous(), count=count)
+            scored = classes.count
             rows = heads.project(features, segments)
             ranked = heads.predict(rows, classes)
             quota, images_of_class = self.quota, batch
-        scores = heads.select_features(heads.selector_input(ranked), classes.start, classes.count)
+        scores = heads.select_features(heads.selector_input(ranked), classes.start, scored)
         scores = -scores if self.variant == "released" else scores
         self.memory.push_sorted(
             rows, segments._replace(order=None), scores, quota, images_of_class, backend=self.backend
@@ -245,7 +250,10 @@ class ContrastBranch(nn.Module):
         segments = class_order(label, self.num_classes, self.backend)
         rows = self.predict(self.project(features, segments), segments._replace(order=None))
         # selectors learn what to weigh; they do not push the features
-        weight_logits = self.select_features(self.selector_input(rows), segments.start, segments.count)
+        weighed = segments.count
+        if self.variant == "released" and self.memory.sync != "reduce":  # theirs weighs what it will contrast
+            weighed = torch.where(self.memory.counts >= MIN_ROWS, weighed, 0)
+        weight_logits = self.select_features(self.selector_input(rows), segments.start, weighed)
         return self.criterion(
             rows,
             segments.labels,

@@ -89,6 +89,30 @@ def test_remember_keeps_the_rows_that_the_rules_say(variant: str) -> None:
         torch.testing.assert_close(branch.memory.rows[c, :count].flip(0), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_released_scores_only_classes_with_too_many_rows() -> None:
+    """The others are stored in pixel order, and the statistics of their selectors stay."""
+    branch = make_branch(variant="released", quota=3, capacity=64)
+    features, labels = torch.randn(1, CHANNELS, 5, 6), torch.zeros(1, 5, 6, dtype=torch.int64)
+    labels[0, 0, :3], labels[0, 1, :4] = 1, 2
+    rows = features.permute(0, 2, 3, 1)[labels == 1]
+    expected = normalize(copy.deepcopy(branch).project(features)[(labels == 1).reshape(-1)], dim=1)
+    branch.remember(features, None, labels)
+    assert branch.memory.counts.tolist() == [3, 3, 3, 0] and len(rows) == 3
+    torch.testing.assert_close(branch.memory.rows[1, :3].flip(0), expected, rtol=1e-4, atol=1e-5)
+    assert branch.select_features.running_mean.any(1).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("variant", "weighed"), [("released", [True, False]), ("paper", [True, True])])
+def test_released_weighs_only_classes_that_have_memory(variant: str, weighed: list[bool]) -> None:
+    branch = make_branch(variant=variant, quota=99)
+    features, labels = torch.randn(1, CHANNELS, 5, 6), torch.zeros(1, 5, 6, dtype=torch.int64)
+    branch.memory.push(torch.randn(2, DIM), torch.zeros(2, dtype=torch.int64))
+    branch.memory.push(torch.randn(1, DIM), torch.ones(1, dtype=torch.int64))
+    labels[0, 2:] = 1
+    branch(features, labels)
+    assert branch.select_features.running_mean.any(1).tolist() == [*weighed, False, False]
+
+
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_loss_is_the_pair_formula_on_what_the_heads_give(variant: str) -> None:
     branch = make_branch(variant=variant).double()

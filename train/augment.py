@@ -11,6 +11,8 @@ The authors' code calls kornia 0.4.1; torchvision differs from it as follows:
 - saturation blends with the grey image (kornia scales S of HSV); hue is shifted in HSV in both;
 - blur has one random sigma of the given range for both axes (kornia takes the range as a pair of sigmas: a fixed blur
   of 1.5 pixels horizontally and almost none vertically, which ``blur_horizontally`` repeats);
+- with the COCO weights theirs jitters BGR images as if they were RGB: that turns the hue the other way, and both ways
+  are equally likely;
 - resizing aligns pixel areas and smooths when it shrinks (kornia aligns the corner pixels), with labels to match.
 """
 

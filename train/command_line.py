@@ -123,6 +123,13 @@ def reproduce(arguments: list[str]) -> str:
     return "" if config.print_commands else f"comparison: {report}"
 
 
+def compare(arguments: list[str]) -> str:
+    """Run the authors' training loop beside ours, and print the largest differences."""
+    from train.paper import compare as module
+
+    return module.compare(_parse(module.CompareConfig, "compare", arguments))
+
+
 def figures(arguments: list[str]) -> str:
     """Draw pictures like those of the paper's supplement."""
     from train.paper import figures as module
@@ -147,6 +154,7 @@ COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "make-data": make_data,
     "check": check,
     "reproduce": reproduce,
+    "compare": compare,
     "figures": figures,
     "ablation": ablation,
 }

@@ -154,7 +154,8 @@ class OptimConfig:
     ema_warmup: float = 10.0
     """The share kept is at most 1 - 1/(ema_warmup step + 1)."""
     repeated_updates: bool = False
-    """Multiply the learning rate of each tensor by how often the authors' optimiser held it before October 2021."""
+    """Multiply the learning rate of each tensor by how often the authors' optimiser listed it until October 2021 (1 to
+    4 times: once for each module around it; SGD updates a tensor as often as it is listed)."""
     restart_after: float = 0.0
     """Share of the steps without a better evaluation after which to go back to the best student; 0: never."""
     renewal: int = 0

@@ -216,7 +216,11 @@ def select(session: Session, selection: Selection, student: Scores) -> dict[str,
 
 
 def restart(session: Session) -> None:
-    """Give student and teacher the student's best weights; memory, momentum and learning rate stay as they are."""
+    """Give student and teacher the student's best weights; memory, momentum and learning rate stay as they are.
+
+    The teacher gets the student's BatchNorm statistics too. That of the authors' code starts again from 0 and 1, which
+    only an evaluation of the teacher would show.
+    """
     state = read_checkpoint(session.best_checkpoint)["training"]["learner"]
     state = {name: tensor for name, tensor in state.items() if not name.startswith("branch.memory.")}
     session.training.learner.load_state_dict(state, strict=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -40,6 +41,7 @@ class Training:
         teacher: moving average of the learner's parameters, with buffers of its own.
         weak, strong: augmentation of the labelled and of the unlabelled images.
         step: steps taken so far.
+        target_labels: augmented labels of the last labelled batch of the target domain.
     """
 
     config: FitConfig
@@ -53,6 +55,7 @@ class Training:
     weak: AugmentConfig
     strong: AugmentConfig
     step: int = 0
+    target_labels: Tensor | None = None
 
     def from_source(self, step: int) -> bool:
         """Whether the labelled images of ``step`` (from 0) are of the source domain, if there is one."""
@@ -68,8 +71,8 @@ class Training:
         """
         own = self._rank_state()
         parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
-        rng = {"rng_cpu": own["rng_cpu"], "rng_cuda": own["rng_cuda"]}
-        return {"step": self.step, **parts, **rng, "other_ranks": gather(own)[1:]}
+        own_parts = {name: part for name, part in own.items() if name != "memory"}
+        return {"step": self.step, **parts, **own_parts, "other_ranks": gather(own)[1:]}
 
     def _rank_state(self) -> dict[str, Any]:
         """Rank-specific state: random generators and, unless it is gathered, the memory."""
@@ -77,6 +80,8 @@ class Training:
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        if self.config.data.source_root is not None and self.target_labels is not None:
+            state["target_labels"] = self.target_labels.cpu()
         if self.learner.branch is not None and self.learner.branch.memory.sync != "gather":
             state["memory"] = {name: part.cpu() for name, part in self.learner.branch.memory.state_dict().items()}
         return state
@@ -94,6 +99,8 @@ class Training:
         self.step = state["step"]
         if self.learner.branch is not None and "memory" in own:
             self.learner.branch.memory.load_state_dict(own["memory"])
+        if "target_labels" in own:
+            self.target_labels = own["target_labels"].to(self.class_weights.labels.device)
         torch.set_rng_state(own["rng_cpu"])
         if torch.cuda.is_available() and len(own["rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(own["rng_cuda"])

@@ -42,12 +42,15 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     if target:
         t.class_weights.count_labels(labels)
     images, labels, _ = augment(images, labels, None, t.weak, **mixing(t, True))
+    if target:
+        t.target_labels = labels
 
     # Unlabelled images: the teacher labels the plain crop, the student will see two strong views of it.
     if unlabelled is not None:
         plain = to_float(unlabelled[0])
         pseudo, confidence = pseudo_labels(t.teacher, plain)
-        t.class_weights.count_pseudo(pseudo)
+        if target or m.variant == "paper":
+            t.class_weights.count_pseudo(pseudo)
         views = [augment(plain, pseudo, confidence, t.strong, **mixing(t, late)) for _ in range(2)]
         strong, pseudo, confidence = (torch.cat(parts) for parts in zip(*views, strict=True))
 
@@ -72,7 +75,8 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
                 teacher_logits, teacher_features = t.teacher(images)
             branch.remember(teacher_features, teacher_logits, labels, teacher=t.teacher.branch)
         if branch is not None and late:
-            losses["contrast_labelled"] = branch(features, labels)
+            stale = m.source_steps == "last" and t.target_labels is not None  # as their last version has it
+            losses["contrast_labelled"] = branch(features, t.target_labels if stale else labels)
             losses["contrast_unlabelled"] = branch(strong_features, pseudo)
 
     total = torch.stack(list(losses.values())).sum()

@@ -1,8 +1,8 @@
 """The configuration of a row of the paper in each of three variants, which differ in fields only.
 
 - ``paper``: as the paper describes the method. Some constants are inferred from its text.
-- ``released``: as the authors' last code does it (October 2021). Not repeated are the colour jitter of their library
-  (see `train.augment`), and a teacher whose BatchNorm statistics start at 0 and 1 and so differ when it is evaluated.
+- ``released``: as the authors' last code does it (October 2021); the command ``compare`` shows that. What is
+  not repeated is in ``docs/variants.md``.
 - ``published``: as the code was when the tables were made, as far as its history tells: ``released`` with two bugs
   that were fixed later, two thirds of the steps, and no restart from the best student.
 """
@@ -87,9 +87,6 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
     # The mask of the entropy was broadcast over maps of another shape, which multiplied the entropy by the number of
     # views. It was fixed in the main script only, and after the tables were made.
     entropy_per_view = variant == "published" or (theirs and row.adapts)
-    lr = sizes.lr
-    if row.network == "deeplab_v3plus" and not theirs:
-        lr = 4e-4  # the paper gives DeepLabV3+ one learning rate, the configurations halve it for VOC
     return FitConfig(
         DataConfig(
             dataset=row.dataset,
@@ -127,14 +124,15 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
             labelled_jitter=0.125 if theirs else 0.15,
             unlabelled_jitter=0.25 if theirs else 0.3,
             blur="horizontal" if theirs else "random",  # a range of sigmas was passed as those of the two axes
-            # Their last version does the opposite of its comment; the first version did what the comment says.
+            # Since 16 February 2021 their code does the opposite of its comment; before, it did what the comment says.
+            # Which of the two trained Table 3 is not known: `published` takes what comment and paper say.
             source_steps="last" if variant == "released" else "alternate",
             last_steps=100,
         ),
         OptimConfig(
             steps=100_000 if variant == "published" else 150_000,  # their configurations grew in July 2021
             optimizer="sgd",
-            lr=lr,
+            lr=sizes.lr if theirs else row.paper_lr,
             momentum=0.9,
             weight_decay=5e-4,
             ema=0.995,

@@ -313,3 +313,11 @@ def test_defaults_are_those_of_the_authors_code():
 def test_no_gradient_is_recorded():
     images, labels, confidence = batch()
     assert not run((images.requires_grad_(), labels, confidence), AugmentConfig(flip=1.0, scale=1.0))[0].requires_grad
+
+
+def test_hue_of_bgr_images_turns_the_other_way():
+    """So the released jitter of BGR images has the distribution of that of RGB images: its range is symmetric."""
+    image = torch.rand(3, 9, 9)
+    for turn in (-0.08, 0.03):
+        swapped = F.adjust_hue(image.flip(0), turn).flip(0)
+        torch.testing.assert_close(swapped, F.adjust_hue(image, -turn), rtol=0, atol=1e-5)

@@ -15,6 +15,7 @@ from train_helpers import ROOT, TINY_OPTIONS
 from train.command_line import COMMANDS, EvaluateConfig, MakeDataConfig, main
 from train.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from train.data.check import CheckConfig
+from train.paper.compare import CompareConfig
 from train.paper.figures import FiguresConfig
 from train.paper.reproduce import ReproduceConfig
 from train.paper.variants import RowOptions
@@ -104,6 +105,7 @@ def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("make-data", (MakeDataConfig,)),
         ("check", (CheckConfig,)),
         ("reproduce", (ReproduceConfig,)),
+        ("compare", (CompareConfig,)),
         ("figures", (FiguresConfig,)),
         ("ablation", (AblationConfig,)),
     ],

@@ -68,3 +68,40 @@ def test_only_the_target_is_counted_and_remembered(adapting: FitConfig):
         assert torch.equal(rows_before, training.learner.branch.memory.rows) == source, step
         assert training.class_weights.seen["labels"] == seen + (not source)
         assert ("contrast_labelled" in losses) == (step > 2)  # of both domains
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_released_does_not_count_pseudo_labels_in_steps_of_the_source(adapting: FitConfig, variant: str):
+    session = open_session(replace(adapting, method=replace(adapting.method, variant=variant)))
+    training, batches = session.training, session.batches()
+    for step in range(4):
+        seen = training.class_weights.seen["pseudo"]
+        training_step(training, *next(batches))
+        counted = variant == "paper" or step not in (1, 3)
+        assert training.class_weights.seen["pseudo"] == seen + counted, step
+
+
+@pytest.mark.parametrize(("order", "stale"), [("last", True), ("alternate", False)])
+def test_contrast_of_the_source_has_the_labels_that_the_released_code_gives_it(
+    adapting: FitConfig, order: str, stale: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The last version leaves the labels of the target batch before; they survive a checkpoint."""
+    config = replace(adapting, method=replace(adapting.method, source_steps=order, last_steps=4 if stale else 2))
+    session = open_session(config)
+    training, batches = session.training, session.batches()
+    seen = []
+    forward = type(training.learner.branch).forward
+    monkeypatch.setattr(
+        type(training.learner.branch),
+        "forward",
+        lambda self, x, labels: seen.append(labels) or forward(self, x, labels),
+    )
+    for step in range(6):
+        if step == 5:  # a step of the source in both orders
+            state = training.state_dict()
+            training.target_labels = None
+            training.load_state_dict(state)
+        training_step(training, *next(batches))
+    assert training.from_source(5) and not training.from_source(4)
+    before, labelled = seen[-4], seen[-2]  # labelled and unlabelled in each step
+    assert torch.equal(before, labelled) == stale

@@ -40,6 +40,11 @@ def test_list_has_a_line_for_each_row(capsys: pytest.CaptureFixture[str]):
         "cityscapes/dv3plus-imagenet/1-30 table 1 100 labelled deeplab_v3plus batch 7 + 3 crop 512 of 1 size "
         "lr 0.0004 mIoU 64.8"
     )
+    for line, (name, row) in zip(lines, rows().items(), strict=True):
+        rate = f" lr {row_config(RowOptions(name, Path('data'))).optim.lr:g} "
+        released = row_config(RowOptions(name, Path("data"), variant="released")).optim.lr
+        assert rate in line and (f"(released {released:g})" in line) == (f" lr {released:g} " != rate), row
+    assert sum("(released 0.0002)" in line for line in lines) == 3
 
 
 @pytest.mark.parametrize("name", rows())
