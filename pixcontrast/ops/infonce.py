@@ -77,6 +77,10 @@ def infonce_contrast(
     constants = [queue.detach() for queue in queues]
     features = features if torch.is_grad_enabled() else features.detach()
     if uses_extension(backend, features.device, features.dtype):
+        if not features.requires_grad:  # then torch.compile cannot trace the Function
+            factors = temperature, base_temperature, loss_weight
+            arguments = features, *anchors, constants, list(queue_counts), excluded, *factors
+            return InfoNCEOutput(*torch.ops.pixcontrast.infonce(*arguments, False)[:3])
         return InfoNCEOutput(
             *InfoNCE.apply(
                 features, *anchors, excluded, temperature, base_temperature, loss_weight, *constants, *queue_counts
