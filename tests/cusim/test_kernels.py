@@ -64,7 +64,7 @@ def test_errors_end_the_call_and_not_the_next_one(small: Kernels, monkeypatch: p
 def test_a_tool_may_write_to_the_output_of_the_worker(small: Kernels) -> None:
     noisy = ["sh", "-c", 'echo "========= COMPUTE-SANITIZER"; exec "$@"', "tool"]
     process = kernels._Process(small._libraries.path("plain"), None, noisy)
-    assert process.call("status", 0, [0]) == (0, "", [])
+    assert process.call("status", 0, [0]) == (0, "", [], 0)
     assert process.call("status", 0, [7])[0] == 7
     process.end()
 
