@@ -18,6 +18,10 @@ def test_a_step_of_the_branch_has_at_most_250_device_nodes(variant: str, autocas
     assert 100 < counter.total <= MOST
 
 
+def test_autocast_is_counted() -> None:
+    assert count_step(autocast=True).total > count_step().total  # casts of features, weights and gradients
+
+
 def test_the_step_counts_operators_of_ours() -> None:
     """Not those of the reference, which would be taken if the kernels were not found."""
     if not ops.available():
