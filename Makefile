@@ -12,12 +12,14 @@ ifeq (,$(shell command -v nvidia-smi))
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help demo test lint bench fuzz sanitize gpu env clean
+.PHONY: help demo test test-examples lint docs bench fuzz sanitize gpu env clean
 
 help:
 	@echo "make demo   train on real images and write runs/demo/report.md (3 to 6 minutes on 2 cores)"
 	@echo "make test   build and run all tests (about 10 minutes on 2 cores)"
+	@echo "make test-examples   install what the examples import, and run each of them (5 minutes)"
 	@echo "make lint   check style and types"
+	@echo "make docs   the site in build/site; a broken link is an error"
 	@echo "make bench  time the operators beside other ways to compute the same (about 9 minutes on 2 cores)"
 	@echo "make fuzz   random cases over every function for MINUTES=10; FUZZ_ARGS='--seed N' repeats one"
 	@echo "make sanitize   tests and random cases on a build with ASan and UBSan (about 10 minutes on 2 cores)"
@@ -30,6 +32,14 @@ demo: .venv/built
 
 test: .venv/built
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-examples: .venv/built
+	.venv/bin/python -m pip install --quiet --no-build-isolation --requirement examples/requirements.txt
+	.venv/bin/python -m pytest tests/examples
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: .venv/installed
 	.venv/bin/pre-commit run --all-files --show-diff-on-failure

@@ -28,12 +28,12 @@ def pages(nav: list[Any]) -> list[str]:
 
 def on_files(files: Files, config: Any) -> Files:
     """Replace the files of ``docs_dir`` by the pages of the navigation and what they link to."""
-    paths = dict.fromkeys(pages(config.nav))
-    for page in list(paths):
-        for link in LINK.findall((ROOT / page).read_text()):
+    paths = pages(config.nav)
+    for page in paths:  # grows while it is read: pages may link to pages outside of the navigation
+        for link in LINK.findall((ROOT / page).read_text()) if page.endswith(".md") else []:
             target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
-            if "://" not in link and (ROOT / target).is_file():
-                paths.setdefault(target)
+            if "://" not in link and target not in paths and (ROOT / target).is_file():
+                paths.append(target)
     theme = [file for file in files if Path(config.docs_dir) not in Path(file.abs_src_path or "/").parents]
     own = [File.generated(config, path, abs_src_path=str(ROOT / path)) for path in paths]
     return Files(theme + own)

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss, PixelQueues
 
@@ -79,19 +83,56 @@ def positive(
     return {"loss": loss.detach(), "stats": list(stats), "gradients": gradients}
 
 
-def branch_step(rank: int | None, sync: str, variant: str) -> Results:
-    """Fill the memory and contrast, with maps of two images a rank; gradients of all parameters."""
+def branch_step(rank: int | None, sync: str, variant: str, wrapper: str | None = None) -> Results:
+    """Fill the memory and contrast, with maps of two images a rank; gradients of all parameters.
+
+    ``wrapper``: ``"ddp"`` or ``"fsdp"``, which average the gradients themselves.
+    """
     torch.manual_seed(3)
     branch = ContrastBranch(6, 3, dim=DIM, capacity=40, variant=variant, threshold=0.0, sync=sync).double().eval()
     images = WORLD * 2
     features, logits = torch.randn(images, 6, 5, 5).double(), torch.randn(images, 3, 5, 5).double()
     labels = torch.randint(3, (images, 10, 10))
     mine = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    model = branch
+    if wrapper == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(branch, broadcast_buffers=False)
+    elif wrapper == "fsdp":
+        for head in (branch.project, branch.predict, branch.select_features, branch.select_memory):
+            fully_shard(head, mesh=init_device_mesh("cpu", (WORLD,)))
     branch.remember(features[mine], logits[mine], labels[mine])
-    loss = branch(features[mine], labels[mine])
+    loss = model(features[mine], labels[mine])
     loss.backward()
     gradients = {n: p.grad for n, p in branch.named_parameters() if p.grad is not None}
+    if wrapper == "fsdp":
+        assert all(isinstance(grad, DTensor) and grad.to_local().numel() < grad.numel() for grad in gradients.values())
+        gradients = {n: grad.full_tensor() for n, grad in gradients.items()}
     return {"loss": loss.detach(), "gradients": gradients}
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that this rank hands to collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and func.name().split("::")[1] in ("allreduce_", "allgather_"):
+            given = args[0] if "reduce" in func.name() else args[1]
+            self.bytes += sum(tensor.nbytes for tensor in given)
+        return func(*args, **(kwargs or {}))
+
+
+def sent_bytes(rank: int, sync: str, capacity: int) -> int:
+    """Bytes of one step of a branch: two images a rank, one row of each class and image, one loss and backward."""
+    torch.manual_seed(3)
+    branch = ContrastBranch(6, 3, dim=DIM, capacity=capacity, quota=1, threshold=0.0, sync=sync)
+    features, labels = torch.randn(2, 6, 5, 5), torch.randint(3, (2, 10, 10))
+    with Sent() as sent:
+        branch.remember(features, None, labels)
+        branch(features, labels).backward()
+    return sent.bytes
 
 
 def fill_queues(rank: int | None) -> Results:
@@ -112,6 +153,8 @@ CASES = {
     "ignored": (positive, "reduce", True, "auto", 1),
     "nothing": (positive, "reduce", False, "auto", slice(None)),
     **{f"branch {s} {v}": (branch_step, s, v) for s in ("gather", "reduce") for v in ("paper", "released")},
+    **{wrapper: (branch_step, "gather", "paper", wrapper) for wrapper in ("ddp", "fsdp")},
+    **{f"sent {sync} {rows}": (sent_bytes, sync, rows) for sync in ("local", "gather", "reduce") for rows in (10, 80)},
     "queues": (fill_queues,),
 }
 
@@ -183,6 +226,30 @@ def test_branch_of_two_processes_is_that_of_one(ranks: list, sync: str, variant:
     for result in results:
         torch.testing.assert_close(result["loss"], one["loss"], rtol=1e-11, atol=0)
         assert result["gradients"].keys() == one["gradients"].keys()
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_heads_sharded_by_fsdp_train_alike(ranks: list, wrapper: str) -> None:
+    """So do those in ``DistributedDataParallel``: every rank ends with the gradients of one process."""
+    one = branch_step(None, "local", "paper")
+    for rank in ranks:
+        assert rank[wrapper]["gradients"].keys() == one["gradients"].keys()
+        for name, expected in one["gradients"].items():
+            torch.testing.assert_close(rank[wrapper]["gradients"][name], expected, rtol=1e-9, atol=1e-13)
+
+
+def test_bytes_of_a_step_are_those_of_the_page(ranks: list) -> None:
+    """docs/distributed.md: `gather` sends the new rows, `reduce` class means, and neither depends on the memory."""
+    classes, images = 3, 2
+    means = 4 * classes * DIM
+    for rank in ranks:
+        sent = {sync: rank[f"sent {sync} 10"] for sync in ("local", "gather", "reduce")}
+        assert sent == {sync: rank[f"sent {sync} 80"] for sync in sent}
+        assert sent["local"] == 0
+        rows = classes * images * (4 * DIM + 8)
+        small = sent["gather"] - rows  # shares, losses and counts of the classes
+        assert 0 < small <= 10 * 8 * classes
+        assert 2 * means <= sent["reduce"] <= 2 * means + 16 * 8 * classes  # means forward and their gradient
 
 
 def test_queues_are_the_same_on_every_rank_in_rank_order(ranks: list) -> None:

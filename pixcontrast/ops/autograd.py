@@ -32,7 +32,8 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
     @wraps(backward)
     def guarded(ctx: Any, *grad_outputs: Tensor) -> Gradients:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each reading
+        # once: activation checkpointing recomputes them at each reading
+        saved = ctx.saved_tensors if torch.compiler.is_compiling() else _unchanged(ctx)
         with torch.no_grad():
             grads = backward(ctx, saved, *grad_outputs)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -47,6 +48,18 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
         return tuple(guarded_grads)[: len(grads)]
 
     return guarded
+
+
+def _unchanged(ctx: Any) -> tuple[Tensor | None, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "pixcontrast: the memory, or another input of the loss, was changed between the loss and backward(), which "
+            "needs it; call push or remember before the loss or after backward()"
+        ) from error
 
 
 def scaled(

@@ -67,6 +67,8 @@ def memory_write(
     source = source.detach()
     if all([uses_extension(backend, rows.device, dtype) for dtype in (rows.dtype, source.dtype)]):
         torch.ops.pixcontrast.memory_write(rows, counts, cursors, rejected, source, index)
+        if not torch.compiler.is_compiling() and not rows.is_inference():  # backward of an earlier loss must notice
+            torch.autograd.graph.increment_version((rows, counts, cursors, rejected))
     else:
         reference.memory_write(rows, counts, cursors, rejected, source, index)
 

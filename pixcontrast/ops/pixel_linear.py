@@ -22,7 +22,8 @@ def pixel_linear(features: Tensor, weight: Tensor) -> Tensor:
         like them.
     """
     if features.dtype == torch.float16 and features.device.type == "cpu":
-        return pixel_linear(features.float(), weight.float()).half()  # a hundred times as fast as products in float16
+        with torch.autocast("cpu", enabled=False):  # which would multiply in float16 again, a hundred times slower
+            return pixel_linear(features.float(), weight.float()).half()
     if features.dim() == 2:
         return linear(features, weight)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # no Function of ours there
