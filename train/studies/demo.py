@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train.config import DataConfig, FitConfig, MethodConfig
+from train.data.datasets import open_dataset
+from train.data.splits import covering_seed
 from train.loop import fit
 from train.scores import percent
 from train.session import open_session
@@ -22,7 +24,7 @@ class DemoConfig:
     """Folder of the report and the runs. An interrupted demo is continued."""
     steps: int = 300
     """Steps of each run."""
-    labelled: int | float = 0.05
+    labelled: int | float = 5
     """Training tiles with labels: a count or a fraction."""
     seed: int = 0
     """Seed of the choice of labelled tiles, the batches, the augmentation and the initial weights."""
@@ -45,10 +47,11 @@ TITLES = {
 def demo_configs(demo: DemoConfig) -> dict[str, FitConfig]:
     """Configurations of the runs by key. They differ in the method, and the reference in the share of labels."""
     base = short_recipe(demo.steps, demo.seed, demo.device, demo.pretrained)
+    draw = covering_seed(open_dataset("landcover", "train"), demo.labelled, demo.seed)
     base = replace(
         base,
-        data=replace(base.data, labelled=demo.labelled),
-        # snow, a thousandth of the pixels, would weigh as much as all other classes
+        data=replace(base.data, labelled=demo.labelled, split_seed=draw),
+        # ice, a thirtieth of the pixels, would weigh as much as all other classes
         method=replace(base.method, class_weights=False),
     )
 
