@@ -60,7 +60,9 @@ def write_report(out: Path, runs: dict[str, RunResult], sessions: dict[str, Sess
     draw_page(out / "predictions.png", ["image", "labels", *(run.title for run in runs.values())], rows, shown)
     records = {run.title: run.records for run in runs.values()}
     draw_curves(out / "curves.png", records)
-    before, after = initial_rows(session), memory_rows(session.training.learner.branch.eval())
+    branch = session.training.learner.branch
+    assert branch is not None
+    before, after = initial_rows(session), memory_rows(branch.eval())
     draw_memory_planes(out / "memory.png", {"before the training": before, "after": after}, shown)
     miou = {key: 100 * run.scores["student"].miou for key, run in runs.items()}
     parts = [
