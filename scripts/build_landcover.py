@@ -10,7 +10,7 @@ The trainer does not need these packages; install them in a separate environment
     landcover-env/bin/python scripts/build_landcover.py
 
 Both maps are plain longitude/latitude grids that cover the whole globe, so one scale factor aligns them. The result
-replaces ``images/``, ``masks/``, ``tiles.csv``, ``classes.txt``, ``train.txt`` and ``val.txt`` of the output folder.
+replaces ``images/``, ``masks/``, ``tiles.csv``, ``classes.txt`` and the lists of the splits in the output folder.
 """
 
 from __future__ import annotations
@@ -34,25 +34,29 @@ LABEL_FILE = "MCD12C1.A2019001.006.2020220162300.tif"
 IMAGE_SIZE, LABEL_SIZE = (5400, 2700), (7200, 3600)  # width, height
 PIXELS_PER_DEGREE = 15
 
-# name, colour, IGBP classes merged into it; everything else (13 urban, 255 fill) is ignored
+# name, colour, IGBP classes merged into it; everything else (11 wetlands, 13 urban, 255 fill) takes the class around it
 CLASSES = (
-    ("water", (40, 80, 160), (0, 11)),
-    ("forest", (20, 110, 40), (1, 2, 3, 4, 5)),
-    ("shrub+grass", (180, 180, 90), (6, 7, 10)),
-    ("savanna", (120, 170, 60), (8, 9)),
-    ("crop", (230, 190, 60), (12, 14)),
-    ("snow", (240, 250, 255), (15,)),
-    ("barren", (200, 150, 110), (16,)),
+    ("water", (40, 80, 160), (0,)),
+    ("forest", (20, 110, 40), (1, 2, 3, 4, 5, 8)),
+    ("grass+crops", (190, 200, 90), (9, 10, 12, 14)),
+    ("bare ground", (210, 150, 100), (6, 7, 16)),
+    ("ice", (240, 250, 255), (15,)),
 )
-IGNORE = 255
+WATER, ICE = 0, 4
+SMOOTHING = (3, 3, 2)  # radii of the windows, in pixels, of which each pixel takes the most frequent class, in turns
+BRIGHTEN = 1.6  # the picture is dark: a pixel of 0..1 is raised to 1/1.6
 
-NORTH, SOUTH = 55, -56  # degrees; farther north the picture shows seasonal snow that the labels do not have
+NORTH, SOUTH = 86, -56  # degrees
+TUNDRA = 58  # degrees; tiles farther north must have ice: their other labels do not fit the season of the picture
+LEAST_POLAR_ICE = 0.05
 TILE = 96
-TILES_PER_BLOCK = 4  # blocks of 4 x 4 tiles belong wholly to one split ...
-GAP = 24  # ... and lie at least this many pixels (1.6 degrees) apart
-FIRST_COLUMN = 108  # places the grid such that few coasts are lost and the ice of Patagonia is in
+TILES_PER_BLOCK = 3  # blocks of 3 x 3 tiles belong wholly to one split ...
+GAP = 16  # ... and lie at least this many pixels (1.1 degrees) apart
+FIRST_COLUMN = 60  # places the grid such that few coasts are lost
 MAX_WATER = 0.7
-VAL_FRACTION = 0.2
+MAX_SHARE = 0.92  # of the most frequent class: plain sand or forest teaches little
+MAX_SNOW = 0.13  # of the pixels may be white without the label ice, or ice without being white
+SPLITS = {"train": 0.65, "val": 0.12, "test": 0.23}
 CANDIDATE_SPLITS = 20000
 
 
@@ -93,14 +97,39 @@ def read_maps() -> tuple[np.ndarray, np.ndarray]:
     (width, height), (label_width, label_height) = IMAGE_SIZE, LABEL_SIZE
     rows = ((np.arange(height) + 0.5) * label_height / height).astype(int)
     columns = ((np.arange(width) + 0.5) * label_width / width).astype(int)
-    merged = np.full(256, IGNORE, np.uint8)
-    for index, (_, _, igbp) in enumerate(CLASSES):
-        merged[list(igbp)] = index
-    return np.asarray(picture), merged[np.asarray(labels)[rows][:, columns]]
+    return np.asarray(picture), smoothed(np.asarray(labels)[rows][:, columns])
 
 
-def cut_tiles(labels: np.ndarray) -> list[Tile]:
-    """All tiles with less than ``MAX_WATER`` water, block by block, west to east and north to south."""
+def smoothed(igbp: np.ndarray) -> np.ndarray:
+    """Merge ``igbp`` to the classes above, then give each pixel the class most frequent around it.
+
+    The labels have grain that the picture lacks: single cells, and classes that alternate from cell to cell.
+    """
+    merged = np.full(256, len(CLASSES), np.uint8)
+    for index, (_, _, members) in enumerate(CLASSES):
+        merged[list(members)] = index
+    labels = merged[igbp]
+    for radius in SMOOTHING:
+        best, most = np.zeros_like(labels), np.zeros(labels.shape, np.int32)
+        for index in range(len(CLASSES)):
+            count = box_sum(labels == index, radius)
+            best[count > most] = index
+            most = np.maximum(most, count)
+        labels = best
+    return labels
+
+
+def box_sum(values: np.ndarray, radius: int) -> np.ndarray:
+    """Sum of ``values`` [H, W] in the square of ``2 radius + 1`` pixels around each pixel; columns wrap around."""
+    size = 2 * radius + 1
+    rows = np.pad(values.astype(np.int32), ((radius + 1, radius), (0, 0))).cumsum(0)
+    rows = rows[size:] - rows[:-size]
+    columns = np.pad(rows, ((0, 0), (radius + 1, radius)), mode="wrap").cumsum(1)
+    return columns[:, size:] - columns[:, :-size]
+
+
+def cut_tiles(picture: np.ndarray, labels: np.ndarray) -> list[Tile]:
+    """All usable tiles, block by block, west to east and north to south."""
     block_size = TILES_PER_BLOCK * TILE
     pitch = block_size + GAP
     first_row, last_row = (90 - NORTH) * PIXELS_PER_DEGREE, (90 - SOUTH) * PIXELS_PER_DEGREE
@@ -112,12 +141,25 @@ def cut_tiles(labels: np.ndarray) -> list[Tile]:
         for block_left in lefts:
             for top in range(block_top, block_top + block_size, TILE):
                 for left in range(block_left, block_left + block_size, TILE):
-                    pixels = labels[top : top + TILE, left : left + TILE]
-                    counts = np.bincount(pixels.ravel(), minlength=256)[: len(CLASSES)]
-                    if counts[0] < MAX_WATER * TILE * TILE:
+                    window = np.s_[top : top + TILE, left : left + TILE]
+                    if usable(picture[window], labels[window], top):
+                        counts = np.bincount(labels[window].ravel(), minlength=len(CLASSES))
                         tiles.append(Tile(top, left, block, tuple(int(count) for count in counts)))
             block += 1
     return tiles
+
+
+def usable(picture: np.ndarray, labels: np.ndarray, top: int) -> bool:
+    """Whether a tile has land and more than one class, and its labels fit the picture where there is snow."""
+    share = np.bincount(labels.ravel(), minlength=len(CLASSES)) / labels.size
+    white = (picture.min(2) > 150) & (np.ptp(picture, axis=2) < 40)
+    polar = top < (90 - TUNDRA) * PIXELS_PER_DEGREE
+    return bool(
+        share[WATER] < MAX_WATER
+        and share.max() < MAX_SHARE
+        and np.mean(white != (labels == ICE)) < MAX_SNOW
+        and (not polar or share[ICE] > LEAST_POLAR_ICE)
+    )
 
 
 def shares(tiles: list[Tile]) -> np.ndarray:
@@ -126,54 +168,55 @@ def shares(tiles: list[Tile]) -> np.ndarray:
     return total / total.sum()
 
 
-def choose_validation_blocks(tiles: list[Tile]) -> set[int]:
-    """The blocks whose class shares come nearest to those of the rest, of many random choices (fixed seed).
+def choose_split(tiles: list[Tile]) -> dict[int, str]:
+    """Split of each block: of many random choices (fixed seed) the one whose class shares agree best.
 
-    Looks at label frequencies only. Without it, a rare class (snow) can be missing from one side.
+    Looks at label frequencies only. Without it, a rare class (ice) can be missing from one side.
     """
     by_block: dict[int, list[Tile]] = defaultdict(list)
     for tile in tiles:
         by_block[tile.block].append(tile)
     generator = random.Random(0)
-    best, best_distance = set(), math.inf
+    best: dict[int, str] = {}
+    best_distance = math.inf
     for _ in range(CANDIDATE_SPLITS):
         order = sorted(by_block)
         generator.shuffle(order)
-        chosen: set[int] = set()
-        count = 0
+        counts = dict.fromkeys(SPLITS, 0)
+        chosen: dict[int, str] = {}
         for block in order:
-            if count >= VAL_FRACTION * len(tiles):
-                break
-            chosen.add(block)
-            count += len(by_block[block])
-        if count > 1.1 * VAL_FRACTION * len(tiles):
+            split = next((s for s in ("val", "test") if counts[s] < SPLITS[s] * len(tiles)), "train")
+            chosen[block] = split
+            counts[split] += len(by_block[block])
+        if any(counts[split] > 1.1 * SPLITS[split] * len(tiles) for split in ("val", "test")):
             continue
-        val = shares([tile for tile in tiles if tile.block in chosen])
-        train = shares([tile for tile in tiles if tile.block not in chosen])
-        distance = float(np.abs(np.log((val + 1e-6) / (train + 1e-6))).max())
+        sides = [shares([tile for tile in tiles if chosen[tile.block] == split]) + 1e-6 for split in SPLITS]
+        distance = max(float(np.abs(np.log(side / sides[0])).max()) for side in sides[1:])
         if distance < best_distance:
             best, best_distance = chosen, distance
     return best
 
 
-def write(out: Path, picture: np.ndarray, labels: np.ndarray, tiles: list[Tile], val_blocks: set[int]) -> None:
+def write(out: Path, picture: np.ndarray, labels: np.ndarray, tiles: list[Tile], split_of: dict[int, str]) -> None:
     """Write images (JPEG), masks (palette PNG), class list, split lists and the index ``tiles.csv``."""
     for folder in ("images", "masks"):
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(CLASSES)] = [colour for _, colour, _ in CLASSES]
-    split_ids: dict[str, list[str]] = {"train": [], "val": []}
+    brighter = (255 * (np.arange(256) / 255) ** (1 / BRIGHTEN)).round().astype(np.uint8)
+    split_ids: dict[str, list[str]] = {split: [] for split in SPLITS}
     with open(out / "tiles.csv", "w", newline="") as file:
         index = csv.writer(file, lineterminator="\n")
         index.writerow(["id", "split", "block", "top", "left", "size", "north", "west"])
         for tile in sorted(tiles, key=lambda tile: tile.name):
-            split = "val" if tile.block in val_blocks else "train"
+            split = split_of[tile.block]
             split_ids[split].append(tile.name)
             north, west = 90 - tile.top / PIXELS_PER_DEGREE, tile.left / PIXELS_PER_DEGREE - 180
             index.writerow([tile.name, split, tile.block, tile.top, tile.left, TILE, f"{north:.2f}", f"{west:.2f}"])
             window = np.s_[tile.top : tile.top + TILE, tile.left : tile.left + TILE]
-            Image.fromarray(picture[window]).save(out / "images" / f"{tile.name}.jpg", quality=90, optimize=True)
+            image = Image.fromarray(brighter[picture[window]])
+            image.save(out / "images" / f"{tile.name}.jpg", quality=90, optimize=True)
             mask = Image.fromarray(labels[window]).convert("P")
             mask.putpalette(palette.tobytes())
             mask.save(out / "masks" / f"{tile.name}.png", optimize=True)
@@ -182,12 +225,9 @@ def write(out: Path, picture: np.ndarray, labels: np.ndarray, tiles: list[Tile],
     (out / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b), _ in CLASSES))
 
 
-def report(out: Path, tiles: list[Tile], val_blocks: set[int]) -> None:
-    """Print the class balance of both splits and the size on disk."""
-    sides = {
-        "train": [tile for tile in tiles if tile.block not in val_blocks],
-        "val": [tile for tile in tiles if tile.block in val_blocks],
-    }
+def report(out: Path, tiles: list[Tile], split_of: dict[int, str]) -> None:
+    """Print the class balance of the splits and the size on disk."""
+    sides = {split: [tile for tile in tiles if split_of[tile.block] == split] for split in SPLITS}
     print("class          " + "".join(f"{side} % (tiles)".rjust(20) for side in sides))
     for index, (name, _, _) in enumerate(CLASSES):
         cells = [
@@ -207,10 +247,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default, help="output folder (default: %(default)s)")
     out = parser.parse_args().out
     picture, labels = read_maps()
-    tiles = cut_tiles(labels)
-    val_blocks = choose_validation_blocks(tiles)
-    write(out, picture, labels, tiles, val_blocks)
-    report(out, tiles, val_blocks)
+    tiles = cut_tiles(picture, labels)
+    split_of = choose_split(tiles)
+    write(out, picture, labels, tiles, split_of)
+    report(out, tiles, split_of)
 
 
 if __name__ == "__main__":

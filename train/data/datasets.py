@@ -25,7 +25,7 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     Args:
         name: ``"landcover"`` (embedded tiles, needs no ``root``), ``"folder"`` (your own, see `open_folder`) or one of
             `PUBLISHED`.
-        split: ``"train"``, ``"val"`` or, for camvid, ``"test"``.
+        split: ``"train"``, ``"val"`` or, for camvid and landcover, ``"test"``.
         root: folder of the data; not for ``"landcover"``.
         scale: factor of the size at which images of `PUBLISHED` are read, see `SegmentationDataset`; labels of
             ``"val"`` keep their size.
@@ -35,8 +35,10 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     """
     if split not in ("train", "val", "test"):
         raise UserError(f"unknown split '{split}': expected 'train', 'val' or 'test'")
-    if split == "test" and name != "camvid":
-        raise UserError(f"data set '{name}' has no split 'test': expected 'train' or 'val'; camvid has one")
+    if split == "test" and name not in ("camvid", "landcover"):
+        raise UserError(
+            f"data set '{name}' has no split 'test': expected 'train' or 'val'; camvid and landcover have one"
+        )
     if name not in ("landcover", "folder", *PUBLISHED):
         known = ", ".join(f"'{published}'" for published in PUBLISHED)
         raise UserError(

@@ -122,3 +122,29 @@ def labelled_count(n: int, labelled: int | float) -> int:
 
 def _shuffled(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, n]).permutation(n)
+
+
+def covering_seed(train: SegmentationDataset, labelled: int | float, seed: int, least: float = 0.02) -> int:
+    """A seed of :func:`split_labelled` whose labelled images have every class.
+
+    A class that no label shows cannot be learned, and a draw of few images often leaves a rare one out.
+
+    Args:
+        train: images with labels.
+        labelled: as in :func:`split_labelled`.
+        seed: any integer from 0; each has draws of its own, of which the first that will do is taken.
+        least: share of the labelled pixels that each class must have.
+
+    Raises:
+        UserError: none of a thousand draws has every class.
+    """
+    classes = len(train.classes)
+    counts = np.stack([np.bincount(train[i][1].flatten(), minlength=256)[:classes] for i in range(len(train))])
+    for draw in range(1000 * seed, 1000 * (seed + 1)):
+        drawn = counts[split_labelled(len(train), labelled, draw)[0]].sum(0)
+        if drawn.min() >= least * drawn.sum():
+            return draw
+    raise UserError(
+        f"--labelled {labelled}: in none of 1000 draws has each of the {classes} classes {100 * least:g} % of the "
+        "labelled pixels; give more images"
+    )

@@ -1,13 +1,16 @@
-"""Curves of the demo's report: loss and mean IoU over the steps, and the fill of the memory."""
+"""Pictures of the demo's report: loss and mean IoU over the steps, and the rows of the memory in a plane."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
+from train.data.dataset import SegmentationDataset
 from train.logs import Record
+from train.paper.introspection import MemoryRows, principal_plane
 
 
 def draw_curves(path: Path, runs: dict[str, list[Record]]) -> None:
@@ -28,18 +31,23 @@ def draw_curves(path: Path, runs: dict[str, list[Record]]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_memory(path: Path, records: list[Record], classes: tuple[str, ...]) -> None:
-    """How full the memory of each class is over the steps, as a map: one row for each class."""
-    series = [_series(records, f"memory_fill/{name}") for name in classes]
-    steps = series[0][0]
-    figure = Figure(figsize=(9.5, 0.32 * len(classes) + 1.6), layout="constrained")
-    axis = figure.subplots()
-    fill = 100 * np.array([values for _, values in series])
-    mesh = axis.pcolormesh(steps, range(len(classes)), fill, shading="nearest", cmap="viridis", vmin=0, vmax=100)
-    axis.set_yticks(range(len(classes)), classes)
-    axis.invert_yaxis()
-    axis.set(title="Fill of the class memory, %", xlabel="step")
-    figure.colorbar(mesh, ax=axis, pad=0.01)
+def draw_memory_planes(path: Path, memories: dict[str, MemoryRows], data: SegmentationDataset) -> None:
+    """The rows of each memory, by title, in the plane in which they vary most; the colour is the class."""
+    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
+    for axis, (title, memory) in zip(figure.subplots(1, len(memories)), memories.items(), strict=True):
+        coordinates, shares = principal_plane(torch.nn.functional.normalize(memory.rows, dim=1))
+        points, classes = coordinates.cpu().numpy(), memory.classes.cpu().numpy()
+        for label, (name, rgb) in enumerate(zip(data.classes, data.palette, strict=True)):
+            own = points[classes == label]
+            colour = np.array(rgb) / 255
+            axis.scatter(*own.T, s=16, color=colour, edgecolors="0.3", linewidths=0.3, label=name, alpha=0.9)
+        axis.set(title=title, xlabel=f"{100 * shares[0]:.0f} % of the variance", ylabel=f"{100 * shares[1]:.0f} %")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_aspect("equal", adjustable="datalim")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=2)
+    figure.suptitle("Features of labelled pixels in the memory, in a plane, coloured by class")
     figure.savefig(path, dpi=130)
 
 

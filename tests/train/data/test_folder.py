@@ -58,7 +58,7 @@ def test_default_colours_are_those_of_voc():
 
 def test_names_and_splits_that_do_not_exist(folder: Path):
     assert "'city'" in error_of(lambda: open_dataset("city", "train"))
-    assert "'test'" in error_of(lambda: open_dataset("landcover", "test"))
+    assert "'test'" in error_of(lambda: open_dataset("folder", "test", folder))
     assert "root" in error_of(lambda: open_dataset("folder", "train"))
     message = error_of(lambda: open_dataset("folder", "train", folder / "nowhere"))
     assert str(folder / "nowhere") in message and "does not exist" in message
