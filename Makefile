@@ -5,6 +5,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 FUZZ_ARGS ?=
+RELEASE_ARGS ?=
 MINUTES ?= 10
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # without a GPU, the build of this tree only serves tests: one architecture is enough
@@ -12,7 +13,7 @@ ifeq (,$(shell command -v nvidia-smi))
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help demo test test-examples lint docs bench fuzz sanitize gpu env clean
+.PHONY: help demo test test-examples lint docs bench fuzz sanitize gpu env release-check clean
 
 help:
 	@echo "make demo   train on real images and write runs/demo/report.md (3 to 6 minutes on 2 cores)"
@@ -25,6 +26,7 @@ help:
 	@echo "make sanitize   tests and random cases on a build with ASan and UBSan (about 10 minutes on 2 cores)"
 	@echo "make gpu    on a machine with a GPU: build, test, time, train, sanitize (installs nothing; GPU_ARGS=--rehearse: anywhere)"
 	@echo "make env    versions, build and devices, for a bug report"
+	@echo "make release-check   install the source distribution in empty environments of several torch; prints the support table"
 	@echo "make clean  remove the build and .venv"
 
 demo: .venv/built
@@ -56,6 +58,9 @@ sanitize: .venv/installed
 # with the Python that is there, because a machine with a GPU often has its own PyTorch and no network
 gpu:
 	$(PYTHON) scripts/gpu.py $(GPU_ARGS)
+
+release-check: .venv/installed
+	.venv/bin/python scripts/release_check.py $(RELEASE_ARGS)
 
 env: .venv/built
 	.venv/bin/python -m pixcontrast.env

@@ -65,7 +65,8 @@ class ContrastBranch(nn.Module):
         loss_weight: factor of the loss; set here rather than outside it saves one pass over the gradient.
         sync: of the memory, see :class:`ClassMemory`. For positive, unless it is ``"local"``, the class means run over
             the pixels of all ranks too, see ``across_ranks`` of :class:`PixelContrastLoss`: every rank must call the
-            branch equally often. The heads' BatchNorm keeps to the rows of its own rank.
+            branch equally often. For infonce, ``"reduce"`` contrasts each rank's anchors with the rows of all ranks.
+            The heads' BatchNorm keeps to the rows of its own rank.
         backend: see :class:`PixelContrastLoss`.
         temperature, base_temperature, max_samples, max_views: see :class:`PixelContrastLoss` (infonce).
         dense: project every valid pixel, as Wang et al. do, instead of the anchors alone (infonce). The same anchors
@@ -109,11 +110,6 @@ class ContrastBranch(nn.Module):
             raise ValueError(f"ContrastBranch: threshold must be in [0, 1), got {threshold}")
         if quota is not None and quota < 1:
             raise ValueError(f"ContrastBranch: quota must be at least 1 or None, got {quota}")
-        if objective == "infonce" and sync == "reduce":
-            raise ValueError(
-                'ContrastBranch: sync="reduce" is for objective="positive"; infonce needs the rows themselves: take '
-                'sync="gather"'
-            )
         self.criterion = PixelContrastLoss(
             temperature,
             base_temperature,

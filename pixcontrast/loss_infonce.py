@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_label_values
+from .distributed import world_size
 from .functional import infonce_contrast
 from .memory import ClassMemory
 from .select import MAX_LABELS, Anchors, all_anchors, hard_anchors, labels_at
+from .sharded_infonce import infonce_over_ranks
 from .stats import InfoNCEStats, infonce_stats
 from .zero_loss import warn_once, why_no_anchors
 
@@ -89,13 +91,11 @@ class InfoNCELoss(nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, InfoNCEStats]:
         """InfoNCE of anchors that are chosen already; arguments and result as for :meth:`forward`."""
+        parts = parts_of(queue)
+        if any(isinstance(part, ClassMemory) and part.sync == "reduce" for part in parts) and world_size() > 1:
+            return self._contrast_over_ranks(features, anchors, parts, return_stats)
         queues, counts = [], []
-        for part in parts_of(queue):
-            if isinstance(part, ClassMemory) and part.sync == "reduce":
-                raise ValueError(
-                    'objective="infonce" contrasts anchors with every row, and a ClassMemory with sync="reduce" has '
-                    'only those of its own rank: make it with sync="gather" or "local"'
-                )
+        for part in parts:
             rows, count = rows_and_counts(part)
             if count is None:
                 count = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
@@ -121,6 +121,22 @@ class InfoNCELoss(nn.Module):
         if not return_stats:
             return output.loss
         return output.loss, infonce_stats(features, anchors, queues, counts, output)
+
+    def _contrast_over_ranks(
+        self, features: Tensor, anchors: Anchors, parts: Sequence[Queue], return_stats: bool
+    ) -> Tensor | tuple[Tensor, InfoNCEStats]:
+        if len(parts) > 1 or self.skip_class0 or self.diagonal:
+            raise ValueError(
+                'PixelContrastLoss: a ClassMemory with sync="reduce" must be the only queue, and variant "paper"; else '
+                'make it with sync="gather"'
+            )
+        rows, counts = rows_and_counts(parts[0])
+        assert counts is not None
+        factors = self.temperature, self.base_temperature, self.loss_weight
+        output = infonce_over_ranks(features, anchors, rows, counts, *factors)
+        if not return_stats:
+            return output.loss
+        return output.loss, infonce_stats(features, anchors, [rows], [counts], output)
 
     def anchors(
         self, labels: Tensor, predict: Tensor | None = None, generator: torch.Generator | None = None

@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss, PixelQueues
+from pixcontrast.functional import infonce_contrast
+from pixcontrast.select import Anchors
 
 WORLD, CLASSES, DIM, ROWS, PIXELS, IGNORE = 2, 5, 8, 6, 24, 255
 LEARNED = (True, False)
@@ -261,13 +264,65 @@ def test_queues_are_the_same_on_every_rank_in_rank_order(ranks: list) -> None:
             assert torch.equal(rank["queues"][name], value), name
 
 
-def test_infonce_needs_the_rows_themselves() -> None:
-    with pytest.raises(ValueError, match=r'ContrastBranch: sync="reduce" is for objective="positive".*sync="gather"'):
-        ContrastBranch(6, 3, objective="infonce", capacity=4, sync="reduce")
-    with pytest.raises(ValueError, match=r'sync="reduce" has only those of its own rank: make it with sync="gather"'):
-        PixelContrastLoss(max_samples=None, max_views=None)(
-            torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), queue=ClassMemory(2, 3, 2, sync="reduce")
-        )
+def infonce(rank: int, world: int, kind: str) -> Results:
+    """Loss and gradient of a rank's anchors with a memory whose rows are spread over the ranks, and as one process."""
+    draw = torch.Generator().manual_seed(7)
+    features = normalize(torch.randn(world, 12, DIM, dtype=torch.float64, generator=draw), dim=2)
+    labels = torch.randint(CLASSES, (world, 12), generator=draw)
+    rows = normalize(torch.randn(world, CLASSES, ROWS, DIM, dtype=torch.float64, generator=draw), dim=3)
+    counts = torch.randint(0, ROWS + 1, (world, CLASSES), generator=draw)
+    counts[:, 4] = 0  # nobody has rows of this class
+    labels[0, :3] = IGNORE
+    if kind == "no negatives":
+        counts[:, 1:] = 0
+        counts[0, 0] = ROWS
+    if kind == "nan":
+        rows[world - 1, 0, 0], counts[world - 1, 0] = float("nan"), 1
+    criterion = PixelContrastLoss(max_samples=None, max_views=None, temperature=0.2, loss_weight=0.3)
+    memory = ClassMemory(CLASSES, ROWS, DIM, sync="reduce", dtype=torch.float64)
+    memory.rows.copy_(rows[rank])
+    memory.counts.copy_(counts[rank])
+    results = {}
+    if kind == "empty rank" and rank == 0:
+        features, labels = features[:, :0], labels[:, :0]
+    mine = features[rank].clone().requires_grad_()
+    anchors = criterion.loss.anchors(labels[rank])
+    if kind == "empty rank" and rank == 0:  # all ranks call with as many anchors
+        anchors = Anchors(torch.full((12,), -1), torch.full((12,), -1))
+    loss = criterion.loss.contrast(mine, anchors, memory)
+    results["sharded"] = [loss.detach(), torch.autograd.grad(loss * 2, mine)[0]]
+    options = {"queue_counts": list(counts), "temperature": 0.2, "loss_weight": 0.3, "backend": "reference"}
+    whole = infonce_contrast(mine, anchors, list(rows), **options).loss
+    results["one"] = [whole.detach(), torch.autograd.grad(whole * 2, mine)[0]]
+    return results
+
+
+INFONCE = ("random", "no negatives", "nan", "empty rank")
+
+
+def _infonce_rank(rank: int, folder: str, world: int) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    torch.save({kind: infonce(rank, world, kind) for kind in INFONCE}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_infonce_with_a_memory_spread_over_ranks_is_that_of_one(world: int, tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_infonce_rank, (str(tmp_path), world), nprocs=world, start_method="spawn")
+    for rank in range(world):
+        results = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for kind, result in results.items():
+            torch.testing.assert_close(
+                result["sharded"], result["one"], rtol=1e-11, atol=1e-14, equal_nan=True, msg=kind
+            )
+        assert results["random"]["one"][0] > 0 and results["random"]["one"][1].any()
+        assert results["no negatives"]["one"][0] == 0
+    assert results["nan"]["one"][0].isnan()
+
+
+def test_what_a_memory_of_one_rank_cannot_do() -> None:
     with pytest.raises(ValueError, match='across_ranks is for objective="positive" alone'):
         PixelContrastLoss(across_ranks=True)
     with pytest.raises(ValueError, match=r"sync must be one of \('local', 'gather', 'reduce'\), got 'all'"):

@@ -52,7 +52,11 @@ def tiny_demo(tiny: FitConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_report_has_all_runs_numbers_and_pictures(tiny_demo: DemoConfig, capsys: pytest.CaptureFixture[str]):
     text = run_demo(replace(tiny_demo, budget=0.0)).read_text()  # the reference does not fit the budget
-    assert "| all labels | – |" in text and "+ contrast | all labels |" not in text and "left out" in capsys.readouterr().out
+    assert (
+        "| all labels | – |" in text
+        and "+ contrast | all labels |" not in text
+        and "left out" in capsys.readouterr().out
+    )
     assert not (tiny_demo.out / "all_labels").exists()
 
     written = {path: path.stat().st_mtime_ns for path in tiny_demo.out.rglob("last.pt")}
