@@ -2,7 +2,8 @@
 
 Order: ClassMix, random scale and crop, horizontal flip, colour jitter, Gaussian blur. Whether a step happens, the
 scale, the crop and the blur are drawn once per batch; colour factors once per image. Everything is drawn from the
-global torch generator of the CPU, so restoring its state repeats the augmentation, without synchronising with a GPU.
+global torch generator of the CPU, so its seed repeats the augmentation, without synchronising with a GPU. How much is
+drawn depends on the steps that happen, and not on what is in the images and labels.
 
 The authors' code calls kornia 0.4.1; torchvision differs from it as follows:
 

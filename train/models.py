@@ -12,6 +12,7 @@ from pixcontrast.branch import rows_per_image
 from train.config import FitConfig, MethodConfig
 from train.networks import MEANS, build_network, load_weights
 from train.networks.base import Network
+from train.streams import seed_for
 
 
 class Learner(nn.Module):
@@ -62,7 +63,9 @@ def build_learner(config: FitConfig, num_classes: int, ignore_index: int, num_la
     Raises:
         UserError: an unusable encoder, or weights that are missing or do not fit.
     """
+    seed_for(config.optim.seed, "network")
     network = build_segmentation(config, num_classes)
+    seed_for(config.optim.seed, "branch")
     if config.method.method != "contrast":
         return Learner(network, precision=config.optim.precision)
     branch = build_branch(config.method, network.feature_channels, num_classes, ignore_index, num_labelled)

@@ -10,12 +10,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from train.augment import augment
 from train.data.batches import Batch
-from train.distributed import average_gradients, average_statistics
+from train.distributed import average_gradients, average_statistics, rank
 from train.losses import entropy_loss, pseudo_label_loss, supervised_loss
 from train.models import Learner
 from train.networks.base import resize
 from train.schedules import ema_decay, pseudo_ramp
 from train.session import Training
+from train.streams import seed_for
 
 
 def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dict[str, Tensor]:
@@ -41,6 +42,7 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     images, labels = to_float(labelled[0]), labelled[1]
     if target:
         t.class_weights.count_labels(labels)
+    draw(t, "labelled views")
     images, labels, _ = augment(images, labels, None, t.weak, **mixing(t, True))
     if target:
         t.target_labels = labels
@@ -48,9 +50,11 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     # Unlabelled images: the teacher labels the plain crop, the student will see two strong views of it.
     if unlabelled is not None:
         plain = to_float(unlabelled[0])
+        draw(t, "teacher of unlabelled")
         pseudo, confidence = pseudo_labels(t.teacher, plain)
         if target or m.variant == "paper":
             t.class_weights.count_pseudo(pseudo)
+        draw(t, "unlabelled views")
         views = [augment(plain, pseudo, confidence, t.strong, **mixing(t, late)) for _ in range(2)]
         strong, pseudo, confidence = (torch.cat(parts) for parts in zip(*views, strict=True))
 
@@ -59,11 +63,13 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
 
     # Student: unlabelled views, then labelled images; two forwards, so that BatchNorm does not mix them.
     if unlabelled is not None:
+        draw(t, "student of unlabelled")
         logits, strong_features = t.learner(strong)
         logits = resize(logits, strong.shape[-2:])
         error = pseudo_label_loss(logits, pseudo, confidence, alpha, t.ignore_index, m.confidence_power)
         losses["pseudo"] = m.pseudo_weight * pseudo_ramp(i, m.ramp, m.ramp_shape) * error
         losses["entropy"] = m.entropy_weight * entropy_loss(logits, pseudo, t.ignore_index)
+    draw(t, "student of labelled")
     logits, features = t.learner(images)
     error = supervised_loss(resize(logits, images.shape[-2:]), labels, alpha, t.ignore_index)
     losses["supervised"] = m.supervised_weight * error
@@ -71,6 +77,7 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     # The memory stores labelled pixels that the teacher classifies correctly; the contrast compares all pixels with it.
     with t.learner.autocast():
         if branch is not None and i > m.memory_start and target:
+            draw(t, "teacher of labelled")
             with torch.no_grad():
                 teacher_logits, teacher_features = t.teacher(images)
             branch.remember(teacher_features, teacher_logits, labels, teacher=t.teacher.branch)
@@ -89,6 +96,11 @@ def training_step(t: Training, labelled: Batch, unlabelled: Batch | None) -> dic
     average_statistics(t.learner, t.teacher)
     t.step += 1
     return {name: loss.detach() for name, loss in losses.items()} | {"total": total.detach()}
+
+
+def draw(t: Training, purpose: str) -> None:
+    """Start the random numbers of one purpose in this step."""
+    seed_for(t.config.optim.seed, purpose, t.step, rank())
 
 
 def to_float(images: Tensor) -> Tensor:
