@@ -27,7 +27,6 @@ from train.distributed import choose_device, gather, rank
 from train.errors import UserError
 from train.models import Learner, build_learner, synchronise_batchnorm, to_channels_last
 from train.schedules import build_optimizer, from_source, poly_schedule
-from train.streams import seed_for
 
 BEST_CHECKPOINT = "best.pt"
 STATEFUL = ("learner", "teacher", "optimizer", "schedule", "class_weights")
@@ -80,8 +79,9 @@ class Training:
         state: dict[str, Any] = {}
         if self.config.data.source_root is not None and self.target_labels is not None:
             state["target_labels"] = self.target_labels.cpu()
-        if self.learner.branch is not None and self.learner.branch.memory.sync != "gather":
-            state["memory"] = {name: part.cpu() for name, part in self.learner.branch.memory.state_dict().items()}
+        memory = getattr(self.learner.branch, "memory", None)
+        if memory is not None and memory.sync != "gather":
+            state["memory"] = {name: part.cpu() for name, part in memory.state_dict().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ def build_training(
     to_channels_last(learner)
     teacher = copy.deepcopy(learner).requires_grad_(False)
     optimizer = build_optimizer(learner, config.optim)
-    semi_supervised = config.method.method != "supervised"
+    semi_supervised = config.method.uses_unlabelled
     class_weights = ClassWeights(
         num_classes,
         label_batches=max(1, num_labelled // config.data.labelled_batch),
@@ -176,7 +176,7 @@ class Session:
     def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
         """Endless labelled and unlabelled batches (this rank's part) on the device, from the current step on."""
         labelled = self._labelled_batches()
-        if self.training.config.method.method == "supervised":
+        if not self.training.config.method.uses_unlabelled:
             yield from ((batch, None) for batch in labelled)
         else:
             yield from zip(labelled, self.unlabelled_batches(), strict=False)
@@ -220,7 +220,7 @@ def open_session(config: FitConfig) -> Session:
     check_overlap(train, validation)
     source = None if c.source_root is None else open_dataset("gta5", "train", c.source_root, c.scale)
     labelled, unlabelled = choose_labelled(train, c, config.optim.seed)
-    if not unlabelled and config.method.method != "supervised":
+    if not unlabelled and config.method.uses_unlabelled:
         raise UserError(
             f"all {len(train)} images are labelled, so none is left for pseudo-labels: "
             f"lower --labelled, or use --method supervised"

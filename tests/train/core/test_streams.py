@@ -1,4 +1,4 @@
-"""Random numbers by purpose: two arms of a study have the same weights, batches and views wherever they both have them."""
+"""Random numbers by purpose: arms of a study have the same weights, batches and views where they have them at all."""
 
 from __future__ import annotations
 

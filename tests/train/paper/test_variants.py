@@ -9,7 +9,7 @@ import pytest
 
 from train.augment import build_augmentation
 from train.config import FitConfig
-from train.models import build_branch
+from train.contrast import build_branch
 from train.paper.rows import Row, rows
 from train.paper.variants import Variant, variant_config, with_all_labels
 
