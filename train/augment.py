@@ -115,11 +115,12 @@ def augment(
         images, labels, confidence = batch
         batch = (images.flip(-1), labels.flip(-1), None if confidence is None else confidence.flip(-1))
     images, labels, confidence = batch
-    if _coin(config.jitter):
+    picture = images.shape[1] == 3  # cached features have no colours
+    if _coin(config.jitter) and picture:
         s = config.jitter_strength
         jitter = v2.ColorJitter(brightness=s, contrast=s, saturation=s / 2, hue=s / 3)
         images = torch.stack([jitter(image) for image in images])
-    if _coin(config.blur):
+    if _coin(config.blur) and picture:
         widest = 2 * min(images.shape[-2:]) - 1  # reflection at the border needs half a kernel inside the image
         kernel, (down, across) = min(config.blur_kernel, widest), config.blur_sigma
         if config.blur_horizontally:

@@ -146,6 +146,13 @@ def ablation(arguments: list[str]) -> str:
     return f"table: {module.ablation(config, overrides)}"
 
 
+def features(arguments: list[str]) -> str:
+    """Write the features of a frozen encoder as a data set, on which a head trains in milliseconds a step."""
+    from train.data import features as module
+
+    return module.make_features(_parse(module.FeaturesConfig, "features", arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "fit": fit,
     "evaluate": evaluate,
@@ -153,6 +160,7 @@ COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "rows": rows,
     "make-data": make_data,
     "check": check,
+    "features": features,
     "reproduce": reproduce,
     "compare": compare,
     "figures": figures,

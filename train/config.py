@@ -15,10 +15,13 @@ from train.errors import UserError
 class DataConfig:
     """Which images, how many of them labelled, and what a batch is."""
 
-    dataset: Literal["landcover", "folder", "cityscapes", "voc", "gta5", "camvid"] = "landcover"
-    """landcover: the built-in tiles. folder: your own images. The others: published data sets, unpacked in --root."""
+    dataset: Literal["landcover", "folder", "cityscapes", "voc", "gta5", "camvid", "features"] = "landcover"
+    """landcover: the built-in tiles. folder: your own images. features: what python -m train features has written, for
+    --network head. The others: published data sets, unpacked in --root."""
     root: Path | None = None
     """Folder of the data; for folder with images/, masks/, classes.txt, train.txt and val.txt; not for landcover."""
+    evaluate: Literal["val", "test"] = "val"
+    """Images that are evaluated during the training. For settings that were chosen on val, take test."""
     scale: float = 1.0
     """Factor of the size at which images of published data sets are read; validation labels keep their size."""
     labelled: int | float = 0.1
@@ -43,8 +46,9 @@ class DataConfig:
 class ModelConfig:
     """The network. The options from --encoder on are for --network timm."""
 
-    network: Literal["timm", "deeplab_v2", "deeplab_v2_coco", "deeplab_v3plus"] = "timm"
-    """timm: DeepLabV3+ on any encoder. deeplab_*: the paper's, on ResNet-101, on ResNet-101 of COCO, on ResNet-50."""
+    network: Literal["timm", "deeplab_v2", "deeplab_v2_coco", "deeplab_v3plus", "head"] = "timm"
+    """timm: DeepLabV3+ on any encoder. head: two convolutions on --dataset features. deeplab_*: the paper's, on
+    ResNet-101, on ResNet-101 of COCO, on ResNet-50."""
     branches: int = 2
     """How many of DeepLabV2's four classifiers are summed; the authors' code sums 2."""
     weights: str = "imagenet"
@@ -73,6 +77,8 @@ class ModelConfig:
     """Statistics in the encoder's BatchNorm. batch: as in the paper. imagenet: fixed, for short trainings."""
     train_encoder_norm: bool = False
     """Train scale and shift of the encoder's BatchNorm layers too; the paper freezes them."""
+    in_channels: int = 152
+    """Channels of the features that --network head is on."""
     sync_batchnorm: bool = False
     """With several GPUs: BatchNorm statistics of the network over all of them; the branch keeps those of each."""
 
@@ -205,6 +211,8 @@ class RunConfig:
     """Steps between two lines of metrics."""
     evaluate_every: int = 1000
     """Steps between two evaluations on the validation set; one always follows the last step."""
+    evaluate_from: int = 0
+    """No evaluation before this step."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; a killed run loses at most these."""
     watch: bool = False

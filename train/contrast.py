@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -24,7 +26,7 @@ def build_branch(
         num_labelled: labelled images, which decide how many rows each may add to the memory.
     """
     queues = method.memory == "queues"
-    options = {
+    options: dict[str, Any] = {
         "objective": method.objective,
         "dim": method.contrast_dim,
         "capacity": 0 if queues else method.memory_rows,
@@ -53,8 +55,8 @@ class QueueBranch(ContrastBranch):
         options: of :class:`pixcontrast.ContrastBranch`.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, rows: int, **options: object) -> None:
-        super().__init__(in_channels, num_classes, **options)  # type: ignore[arg-type]
+    def __init__(self, in_channels: int, num_classes: int, rows: int, **options: Any) -> None:
+        super().__init__(in_channels, num_classes, **options)
         self.queues = PixelQueues(num_classes, rows, self.project.last.out_features, sync="gather")
 
     def embed(self, features: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> di
             logs, evaluates, saves = (
                 last or step % every == 0 for every in (run.log_every, run.evaluate_every, run.checkpoint_every)
             )
+            evaluates &= step >= run.evaluate_from
             watch: dict[str, Tensor] | None = {} if run.watch and logs else None
             losses = training_step(training, *next(batches), watch)
             numbers: dict[str, float] = {}

@@ -83,6 +83,10 @@ def build_segmentation(config: FitConfig, num_classes: int) -> Network:
         from train.networks.timm_deeplab import TimmDeepLab  # importing timm takes seconds
 
         return TimmDeepLab(num_classes, model)
+    if model.network == "head":
+        from train.networks.head import FeatureHead
+
+        return FeatureHead(num_classes, model)
     mean = MEANS.get(config.data.dataset, MEANS["voc"])  # that of VOC is nearly that of ImageNet
     network = build_network(model.network, num_classes, mean, model.branches)
     if model.pretrained:

@@ -216,7 +216,7 @@ def open_session(config: FitConfig) -> Session:
     config.check(world_size())
     device = choose_device(config.run.device)
     c = config.data
-    train, validation = (open_dataset(c.dataset, split, c.root, c.scale) for split in ("train", "val"))
+    train, validation = (open_dataset(c.dataset, split, c.root, c.scale) for split in ("train", c.evaluate))
     check_overlap(train, validation)
     source = None if c.source_root is None else open_dataset("gta5", "train", c.source_root, c.scale)
     labelled, unlabelled = choose_labelled(train, c, config.optim.seed)

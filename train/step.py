@@ -92,11 +92,13 @@ def training_step(
                 branch.remember(teacher_features, scores, labels, teacher=t.teacher.branch)
         if branch is not None and late:
             stale = m.source_steps == "last" and t.target_labels is not None  # as their last version has it
-            # Which anchors are hard is said by the student's own classes; the positive objective takes all pixels.
-            hard = [None, None] if m.objective == "positive" else [logits.argmax(1), strong_logits.argmax(1)]
-            losses["contrast_labelled"] = branch(features, t.target_labels if stale else labels, hard[0])
+            # For infonce, anchors are hard where the student is wrong; the positive objective takes all pixels.
+            infonce = m.objective == "infonce"
+            given = t.target_labels if stale else labels
+            losses["contrast_labelled"] = branch(features, given, logits.argmax(1) if infonce else None)
             if unlabelled is not None:
-                losses["contrast_unlabelled"] = branch(strong_features, pseudo, hard[1])
+                predicted = strong_logits.argmax(1) if infonce else None
+                losses["contrast_unlabelled"] = branch(strong_features, pseudo, predicted)
         if isinstance(branch, QueueBranch) and i > m.memory_start and target:
             branch.fill(features, labels)  # after the loss, in which its own rows would be the nearest
 
@@ -123,8 +125,8 @@ def draw(t: Training, purpose: str) -> None:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in 0..1."""
-    return images.float() / 255
+    """uint8 images as float32 in 0..1; cached features as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def mixing(t: Training, classmix: bool) -> dict[str, Any]:
