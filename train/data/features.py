@@ -100,7 +100,7 @@ def read_meta(root: Path) -> dict:
 
 
 class FeatureDataset(SegmentationDataset):
-    """Feature maps float16 ``[D, h, w]``, with labels at their size for ``train``, else at that of the encoded images."""
+    """Feature maps float16 ``[D, h, w]``; labels have their size for ``train``, else that of the encoded images."""
 
     def __init__(self, root: Path, split: str) -> None:
         from train.checkpoint import load_tensors
