@@ -37,14 +37,20 @@ TITLES: dict[Arm, str] = {
 
 SETTINGS: dict[Arm, dict[str, Any]] = {
     "labels": {"method": "supervised"},
-    "labels-infonce": {"method": "supervised_contrast", "objective": "infonce", "memory": "queues"},
+    "labels-infonce": {
+        "method": "supervised_contrast",
+        "objective": "infonce",
+        "memory": "queues",
+        "contrast_weight": 0.1,
+    },
     "pseudo": {"method": "pseudo"},
     "positive": {"method": "contrast"},
     "released": {"method": "contrast", "variant": "released", "blur": "horizontal"},
-    "infonce": {"method": "contrast", "objective": "infonce"},
+    "infonce": {"method": "contrast", "objective": "infonce", "contrast_weight": 0.1},
     "all-labels": {"method": "supervised"},
 }
-"""Options of the method in which the arms differ; all-labels differs in the labelled images too."""
+"""Options of the method in which the arms differ; all-labels differs in the labelled images too. InfoNCE keeps the
+weight of Wang et al.: its loss is larger than the positive one's."""
 
 COMPARED: tuple[tuple[Arm, Arm], ...] = (
     ("labels-infonce", "labels"),
