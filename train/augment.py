@@ -2,7 +2,8 @@
 
 Order: ClassMix, random scale and crop, horizontal flip, colour jitter, Gaussian blur. Whether a step happens, the
 scale, the crop and the blur are drawn once per batch; colour factors once per image. Everything is drawn from the
-global torch generator of the CPU, so restoring its state repeats the augmentation, without synchronising with a GPU.
+global torch generator of the CPU, so its seed repeats the augmentation, without synchronising with a GPU. How much is
+drawn depends on the steps that happen, and not on what is in the images and labels.
 
 The authors' code calls kornia 0.4.1; torchvision differs from it as follows:
 
@@ -114,11 +115,12 @@ def augment(
         images, labels, confidence = batch
         batch = (images.flip(-1), labels.flip(-1), None if confidence is None else confidence.flip(-1))
     images, labels, confidence = batch
-    if _coin(config.jitter):
+    picture = images.shape[1] == 3  # cached features have no colours
+    if _coin(config.jitter) and picture:
         s = config.jitter_strength
         jitter = v2.ColorJitter(brightness=s, contrast=s, saturation=s / 2, hue=s / 3)
         images = torch.stack([jitter(image) for image in images])
-    if _coin(config.blur):
+    if _coin(config.blur) and picture:
         widest = 2 * min(images.shape[-2:]) - 1  # reflection at the border needs half a kernel inside the image
         kernel, (down, across) = min(config.blur_kernel, widest), config.blur_sigma
         if config.blur_horizontally:

@@ -55,8 +55,10 @@ class MakeDataConfig:
 def fit(arguments: list[str]) -> str:
     """Train a network, or continue a run found in --out.
 
-    With --row NAME --data DIR, train a row of the paper: see fit --row NAME --help.
+    With --row NAME --data DIR, train a row of the paper: see fit --row NAME --help. With --show-config, print every
+    option as it would be used, and stop.
     """
+    show, arguments = "--show-config" in arguments, [a for a in arguments if a != "--show-config"]
     if any(argument.split("=")[0] == "--row" for argument in arguments):
         from train.paper.variants import parse_row
 
@@ -65,6 +67,12 @@ def fit(arguments: list[str]) -> str:
         from train.config import parse_fit
 
         config = parse_fit(arguments, description=inspect.getdoc(fit))
+    if show:
+        import json
+
+        from train.config_file import to_plain
+
+        return json.dumps(to_plain(config), indent=2)
     from train.loop import fit as train_network
     from train.scores import scores_table
 
@@ -146,6 +154,13 @@ def ablation(arguments: list[str]) -> str:
     return f"table: {module.ablation(config, overrides)}"
 
 
+def features(arguments: list[str]) -> str:
+    """Write the features of a frozen encoder as a data set, on which a head trains in milliseconds a step."""
+    from train.data import features as module
+
+    return module.make_features(_parse(module.FeaturesConfig, "features", arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "fit": fit,
     "evaluate": evaluate,
@@ -153,6 +168,7 @@ COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "rows": rows,
     "make-data": make_data,
     "check": check,
+    "features": features,
     "reproduce": reproduce,
     "compare": compare,
     "figures": figures,

@@ -15,10 +15,13 @@ from train.errors import UserError
 class DataConfig:
     """Which images, how many of them labelled, and what a batch is."""
 
-    dataset: Literal["landcover", "folder", "cityscapes", "voc", "gta5", "camvid"] = "landcover"
-    """landcover: the built-in tiles. folder: your own images. The others: published data sets, unpacked in --root."""
+    dataset: Literal["landcover", "folder", "cityscapes", "voc", "gta5", "camvid", "features"] = "landcover"
+    """landcover: the built-in tiles. folder: your own images. features: what python -m train features has written, for
+    --network head. The others: published data sets, unpacked in --root."""
     root: Path | None = None
     """Folder of the data; for folder with images/, masks/, classes.txt, train.txt and val.txt; not for landcover."""
+    evaluate: Literal["val", "test"] = "val"
+    """Images that are evaluated during the training. For settings that were chosen on val, take test."""
     scale: float = 1.0
     """Factor of the size at which images of published data sets are read; validation labels keep their size."""
     labelled: int | float = 0.1
@@ -43,8 +46,9 @@ class DataConfig:
 class ModelConfig:
     """The network. The options from --encoder on are for --network timm."""
 
-    network: Literal["timm", "deeplab_v2", "deeplab_v2_coco", "deeplab_v3plus"] = "timm"
-    """timm: DeepLabV3+ on any encoder. deeplab_*: the paper's, on ResNet-101, on ResNet-101 of COCO, on ResNet-50."""
+    network: Literal["timm", "deeplab_v2", "deeplab_v2_coco", "deeplab_v3plus", "head"] = "timm"
+    """timm: DeepLabV3+ on any encoder. head: two convolutions on --dataset features. deeplab_*: the paper's, on
+    ResNet-101, on ResNet-101 of COCO, on ResNet-50."""
     branches: int = 2
     """How many of DeepLabV2's four classifiers are summed; the authors' code sums 2."""
     weights: str = "imagenet"
@@ -73,6 +77,8 @@ class ModelConfig:
     """Statistics in the encoder's BatchNorm. batch: as in the paper. imagenet: fixed, for short trainings."""
     train_encoder_norm: bool = False
     """Train scale and shift of the encoder's BatchNorm layers too; the paper freezes them."""
+    in_channels: int = 152
+    """Channels of the features that --network head is on."""
     sync_batchnorm: bool = False
     """With several GPUs: BatchNorm statistics of the network over all of them; the branch keeps those of each."""
 
@@ -81,8 +87,12 @@ class ModelConfig:
 class MethodConfig:
     """Losses, their weights, and the steps in which they begin."""
 
-    method: Literal["supervised", "pseudo", "contrast"] = "contrast"
-    """supervised: labels only. pseudo: also pseudo-labels of the teacher. contrast: also the class memory."""
+    method: Literal["supervised", "supervised_contrast", "pseudo", "contrast"] = "contrast"
+    """supervised: labels only. pseudo: also pseudo-labels of the teacher. contrast: also the contrast.
+    supervised_contrast: labels and the contrast of labelled pixels, as Wang et al. train with infonce."""
+    objective: Literal["positive", "infonce"] = "positive"
+    """positive: pixels are drawn to the memory of their class (Alonso et al.). infonce: and pushed from others (Wang et
+    al.)."""
     ramp: int = 2000
     """Steps in which the weight of the pseudo-labels rises to 1."""
     ramp_shape: Literal["smooth", "step"] = "smooth"
@@ -105,14 +115,27 @@ class MethodConfig:
     """Weigh classes by the square root of the median frequency over theirs."""
     teacher_mode: Literal["train", "eval"] = "train"
     """BatchNorm and dropout of the teacher while it labels; the paper leaves it in train mode."""
+    memory: Literal["teacher", "queues"] = "teacher"
+    """teacher: pixels of which the teacher is sure. queues: the region and pixel queues of Wang et al. (infonce)."""
     memory_rows: int = 256
-    """Capacity of the memory, in rows of each class."""
+    """Capacity of the memory, in rows of each class; for infonce, 0 contrasts the pixels of a batch with each other."""
     memory_sync: Literal["local", "gather", "reduce"] = "gather"
     """Several processes. gather: each stores all rows. reduce: each its own, class means of all. local: no exchange."""
     contrast_dim: int = 256
     """Width of projection, prediction and memory."""
     confidence: float = 0.95
     """A labelled pixel is stored in the memory if the teacher gives its class a probability above this."""
+    remember: Literal["fixed", "adaptive"] = "fixed"
+    """fixed: --confidence for all classes. adaptive: where the teacher is less sure of a class, the mean probability of
+    its correctly classified pixels in the batch."""
+    temperature: float = 0.1
+    """Divides the similarities (infonce)."""
+    base_temperature: float = 0.07
+    """The contrast is multiplied by --temperature over this (infonce)."""
+    anchors: int = 1024
+    """Anchors of a batch, at most (infonce)."""
+    views: int = 100
+    """Anchors of a class of an image, at most; smaller classes are left out (infonce)."""
     variant: Literal["paper", "released"] = "paper"
     """paper: as described. released: the contrast as the authors' published code computes it."""
     voc_quota: bool = False
@@ -134,6 +157,14 @@ class MethodConfig:
     last_steps: int = 100
     """Number of last steps that have no source images (alternate), or that alone have them (last)."""
 
+    @property
+    def contrasts(self) -> bool:
+        return self.method in ("contrast", "supervised_contrast")
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        return self.method in ("contrast", "pseudo")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -150,7 +181,9 @@ class OptimConfig:
     weight_decay: float = 5e-4
     """Weight decay of every trained tensor."""
     ema: float = 0.995
-    """Share of the teacher kept in each step at the start; it rises to 1 by a half cosine."""
+    """Share of the teacher kept in each step at the start."""
+    ema_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: that share rises to 1 by a half cosine, made for long trainings. constant: it stays, for short ones."""
     ema_warmup: float = 10.0
     """The share kept is at most 1 - 1/(ema_warmup step + 1)."""
     repeated_updates: bool = False
@@ -178,8 +211,13 @@ class RunConfig:
     """Steps between two lines of metrics."""
     evaluate_every: int = 1000
     """Steps between two evaluations on the validation set; one always follows the last step."""
+    evaluate_from: int = 0
+    """No evaluation before this step."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; a killed run loses at most these."""
+    watch: bool = False
+    """Log also the similarity of features within and between classes, the gradient of the contrast relative to that of
+    the cross-entropies, and how often student and teacher agree."""
     change_lr: bool = False
     """Go on from a checkpoint of another --lr, with this one from now on."""
 
@@ -206,7 +244,7 @@ class FitConfig:
         data, method, optim, run = self.data, self.method, self.optim, self.run
         positive = (
             *((data, name) for name in ("crop", "labelled_batch")),
-            *((method, name) for name in ("memory_rows", "contrast_dim")),
+            *((method, name) for name in ("contrast_dim", "temperature", "base_temperature", "anchors", "views")),
             *((optim, name) for name in ("steps", "lr")),
             *((run, name) for name in ("log_every", "evaluate_every", "checkpoint_every")),
         )
@@ -216,7 +254,7 @@ class FitConfig:
         if data.workers < 0:
             raise UserError(f"--workers is {data.workers}: give 0 or more")
         for option, size in (("--labelled-batch", data.labelled_batch), ("--unlabelled-batch", data.unlabelled_batch)):
-            if option == "--unlabelled-batch" and method.method == "supervised":
+            if option == "--unlabelled-batch" and not method.uses_unlabelled:
                 continue
             if size % processes:
                 raise UserError(
@@ -230,6 +268,13 @@ class FitConfig:
                     f"{option} is {size}{shared}: BatchNorm needs at least 2 images in a batch"
                     + (" of a process, or --sync-batchnorm" if shared else "")
                 )
+        queues, infonce = method.memory == "queues", method.objective == "infonce"
+        if method.memory_rows < (0 if infonce and not queues else 1):
+            raise UserError(f"--memory-rows is {method.memory_rows}: give a number above 0, or 0 for infonce alone")
+        if queues and not (infonce and method.variant == "paper" and method.memory_sync == "gather"):
+            raise UserError("--memory queues needs --objective infonce, --variant paper and --memory-sync gather")
+        if infonce and method.memory_sync == "reduce":
+            raise UserError("--memory-sync reduce is for --objective positive: infonce needs the rows, give gather")
         if not 0 <= method.confidence < 1:
             raise UserError(f"--confidence is {method.confidence}: give a probability, at least 0 and below 1")
         if not 0 <= optim.ema <= 1:

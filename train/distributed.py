@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -75,13 +74,6 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(f"device {name!r} cannot be used ({reason(error)}): try --device auto or cpu") from error
     return device
-
-
-def seed_rank(seed: int) -> None:
-    """Give the ranks other than 0 random numbers of their own; rank 0 keeps those of a single process."""
-    if rank() > 0:
-        key = np.random.SeedSequence([seed & 0xFFFFFFFFFFFFFFFF, rank()])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

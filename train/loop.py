@@ -17,6 +17,7 @@ from tqdm import tqdm
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import write_config
+from train.contrast import memory_fill
 from train.distributed import any_rank, average_statistics, join, launcher, mean_over_ranks, rank, wait
 from train.errors import Interrupted, UserError, reason
 from train.evaluate import evaluate
@@ -86,15 +87,19 @@ def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> di
     with tqdm(desc=run.out.name, **bar) as progress:
         while training.step < steps:
             start = time.perf_counter()
-            losses = training_step(training, *next(batches))
-            last = training.step == steps
+            step = training.step + 1
+            last = step == steps
             logs, evaluates, saves = (
-                last or training.step % every == 0
-                for every in (run.log_every, run.evaluate_every, run.checkpoint_every)
+                last or step % every == 0 for every in (run.log_every, run.evaluate_every, run.checkpoint_every)
             )
+            evaluates &= step >= run.evaluate_from
+            watch: dict[str, Tensor] | None = {} if run.watch and logs else None
+            losses = training_step(training, *next(batches), watch)
             numbers: dict[str, float] = {}
             if logs:
                 numbers |= log_numbers(training, losses, classes)
+                numbers |= {f"watch/{name}": float(mean_over_ranks(value)) for name, value in (watch or {}).items()}
+                warn_of_empty_memory(training, numbers, last)
                 numbers["time/step_seconds"] = time.perf_counter() - start
                 miou = f", mIoU {100 * scores['student'].miou:.1f}" if scores else ""
                 progress.set_postfix_str(f"loss {numbers['loss/total']:.3f}{miou}", refresh=False)
@@ -144,10 +149,26 @@ def log_numbers(training: Training, losses: dict[str, Tensor], classes: tuple[st
     values = mean_over_ranks(torch.stack(list(losses.values()))).tolist()
     numbers = {f"loss/{name}": loss for name, loss in zip(losses, values, strict=True)}
     numbers["schedule/lr"] = float(training.schedule.get_last_lr()[0])
-    if training.learner.branch is not None:
-        fill = mean_over_ranks(training.learner.branch.memory.fill).tolist()
-        numbers |= {f"memory_fill/{name}": share for name, share in zip(classes, fill, strict=True)}
+    if (fill := memory_fill(training.learner.branch)) is not None:
+        shares = zip(classes, mean_over_ranks(fill).tolist(), strict=True)
+        numbers |= {f"memory_fill/{name}": share for name, share in shares}
     return numbers
+
+
+def warn_of_empty_memory(training: Training, numbers: dict[str, float], last: bool) -> None:
+    """Say on stderr that the contrast has nothing to compare with: of no class once it is on, or of some at the end."""
+    method, steps = training.config.method, training.config.optim.steps
+    fill = {name.split("/")[1]: share for name, share in numbers.items() if name.startswith("memory_fill/")}
+    empty = [name for name, share in fill.items() if share == 0]
+    on = training.step > method.contrast_start
+    begins = on and training.step - training.config.run.log_every <= method.contrast_start + 1
+    if rank() == 0 and on and empty and (last or (begins and len(empty) == len(fill))):
+        which = "all classes" if len(empty) == len(fill) else ", ".join(empty)
+        print(
+            f"warning: after step {training.step} of {steps} the memory of {which} is still empty, so there is no "
+            f"contrast for it: try --remember adaptive, a lower --confidence or an earlier --memory-start",
+            file=sys.stderr,
+        )
 
 
 def evaluate_all(session: Session) -> dict[str, Scores]:
@@ -222,7 +243,9 @@ def restart(session: Session) -> None:
     only an evaluation of the teacher would show.
     """
     state = read_checkpoint(session.best_checkpoint)["training"]["learner"]
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("branch.memory.")}
+    state = {
+        name: tensor for name, tensor in state.items() if not name.startswith(("branch.memory.", "branch.queues."))
+    }
     session.training.learner.load_state_dict(state, strict=False)
     session.training.teacher.load_state_dict(state, strict=False)
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pixcontrast import ContrastBranch
-from pixcontrast.branch import rows_per_image
-from train.config import FitConfig, MethodConfig
+from train.config import FitConfig
+from train.contrast import build_branch
 from train.networks import MEANS, build_network, load_weights
 from train.networks.base import Network
+from train.streams import seed_for
 
 
 class Learner(nn.Module):
@@ -51,7 +52,7 @@ class Learner(nn.Module):
 
 
 def build_learner(config: FitConfig, num_classes: int, ignore_index: int, num_labelled: int) -> Learner:
-    """The network with the weights it starts from and, for the method ``contrast``, its branch.
+    """The network with the weights it starts from and, for a method with contrast, its branch.
 
     Args:
         config: the whole configuration.
@@ -62,8 +63,10 @@ def build_learner(config: FitConfig, num_classes: int, ignore_index: int, num_la
     Raises:
         UserError: an unusable encoder, or weights that are missing or do not fit.
     """
+    seed_for(config.optim.seed, "network")
     network = build_segmentation(config, num_classes)
-    if config.method.method != "contrast":
+    seed_for(config.optim.seed, "branch")
+    if not config.method.contrasts:
         return Learner(network, precision=config.optim.precision)
     branch = build_branch(config.method, network.feature_channels, num_classes, ignore_index, num_labelled)
     return Learner(network, branch, config.optim.precision)
@@ -80,29 +83,15 @@ def build_segmentation(config: FitConfig, num_classes: int) -> Network:
         from train.networks.timm_deeplab import TimmDeepLab  # importing timm takes seconds
 
         return TimmDeepLab(num_classes, model)
+    if model.network == "head":
+        from train.networks.head import FeatureHead
+
+        return FeatureHead(num_classes, model)
     mean = MEANS.get(config.data.dataset, MEANS["voc"])  # that of VOC is nearly that of ImageNet
     network = build_network(model.network, num_classes, mean, model.branches)
     if model.pretrained:
         print(load_weights(network, model.weights), flush=True)
     return network
-
-
-def build_branch(
-    method: MethodConfig, in_channels: int, num_classes: int, ignore_index: int, num_labelled: int
-) -> ContrastBranch:
-    """The contrast branch on features of ``in_channels`` channels. Other arguments as in :func:`build_learner`."""
-    return ContrastBranch(
-        in_channels,
-        num_classes,
-        dim=method.contrast_dim,
-        capacity=method.memory_rows,
-        variant=method.variant,
-        ignore_index=ignore_index,
-        threshold=method.confidence,
-        quota=rows_per_image(num_labelled, method.memory_rows, num_classes if method.voc_quota else None),
-        loss_weight=method.contrast_weight,
-        sync=method.memory_sync,
-    )
 
 
 def synchronise_batchnorm(network: nn.Module) -> Any:

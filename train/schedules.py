@@ -30,13 +30,14 @@ k times the learning rate, as the author also says.
 """
 
 
-def ema_decay(step: int, steps: int, base: float = 0.995, warmup: float = 10.0) -> float:
+def ema_decay(step: int, steps: int, base: float = 0.995, warmup: float = 10.0, schedule: str = "cosine") -> float:
     """Share of the teacher kept after ``step`` (from 0) of ``steps``: ``min(1 - 1/(warmup step + 1), m)``.
 
-    m rises from ``base`` to 1 along a half cosine. At step 0 the teacher becomes the student.
+    m rises from ``base`` to 1 along a half cosine, or is ``base`` (schedule ``constant``). At step 0 the teacher
+    becomes the student.
     """
     cosine = 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
-    return min(1 - 1 / (warmup * step + 1), cosine)
+    return min(1 - 1 / (warmup * step + 1), cosine if schedule == "cosine" else base)
 
 
 def pseudo_ramp(step: int, length: int, shape: str = "smooth") -> float:

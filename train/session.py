@@ -23,7 +23,7 @@ from train.data.batches import Batch, Batches
 from train.data.dataset import SegmentationDataset
 from train.data.datasets import check_overlap, open_dataset
 from train.data.splits import choose_labelled
-from train.distributed import choose_device, gather, rank, seed_rank
+from train.distributed import choose_device, gather, rank
 from train.errors import UserError
 from train.models import Learner, build_learner, synchronise_batchnorm, to_channels_last
 from train.schedules import build_optimizer, from_source, poly_schedule
@@ -64,7 +64,7 @@ class Training:
         return adapts and from_source(step, steps, method.source_steps, method.last_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes, with the state of torch's global random generators.
+        """Everything that changes. Random numbers have no state: see `train.streams`.
 
         With several processes, all must call it. Only the result on rank 0 is complete: ``other_ranks`` has the
         rank-specific state of the others.
@@ -75,15 +75,13 @@ class Training:
         return {"step": self.step, **parts, **own_parts, "other_ranks": gather(own)[1:]}
 
     def _rank_state(self) -> dict[str, Any]:
-        """Rank-specific state: random generators and, unless it is gathered, the memory."""
-        state = {
-            "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        """Rank-specific state: labels of the target batch and, unless it is gathered, the memory."""
+        state: dict[str, Any] = {}
         if self.config.data.source_root is not None and self.target_labels is not None:
             state["target_labels"] = self.target_labels.cpu()
-        if self.learner.branch is not None and self.learner.branch.memory.sync != "gather":
-            state["memory"] = {name: part.cpu() for name, part in self.learner.branch.memory.state_dict().items()}
+        memory = getattr(self.learner.branch, "memory", None)
+        if memory is not None and memory.sync != "gather":
+            state["memory"] = {name: part.cpu() for name, part in memory.state_dict().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,9 +99,6 @@ class Training:
             self.learner.branch.memory.load_state_dict(own["memory"])
         if "target_labels" in own:
             self.target_labels = own["target_labels"].to(self.class_weights.labels.device)
-        torch.set_rng_state(own["rng_cpu"])
-        if torch.cuda.is_available() and len(own["rng_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(own["rng_cuda"])
 
 
 def build_training(
@@ -127,7 +122,6 @@ def build_training(
     Raises:
         UserError: an unusable encoder or its weights.
     """
-    torch.manual_seed(config.optim.seed)
     learner = build_learner(config, num_classes, ignore_index, num_labelled).to(device)
     if config.model.sync_batchnorm and world_size() > 1:
         if torch.device(device).type != "cuda":
@@ -136,7 +130,7 @@ def build_training(
     to_channels_last(learner)
     teacher = copy.deepcopy(learner).requires_grad_(False)
     optimizer = build_optimizer(learner, config.optim)
-    semi_supervised = config.method.method != "supervised"
+    semi_supervised = config.method.uses_unlabelled
     class_weights = ClassWeights(
         num_classes,
         label_batches=max(1, num_labelled // config.data.labelled_batch),
@@ -182,7 +176,7 @@ class Session:
     def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
         """Endless labelled and unlabelled batches (this rank's part) on the device, from the current step on."""
         labelled = self._labelled_batches()
-        if self.training.config.method.method == "supervised":
+        if not self.training.config.method.uses_unlabelled:
             yield from ((batch, None) for batch in labelled)
         else:
             yield from zip(labelled, self.unlabelled_batches(), strict=False)
@@ -222,17 +216,16 @@ def open_session(config: FitConfig) -> Session:
     config.check(world_size())
     device = choose_device(config.run.device)
     c = config.data
-    train, validation = (open_dataset(c.dataset, split, c.root, c.scale) for split in ("train", "val"))
+    train, validation = (open_dataset(c.dataset, split, c.root, c.scale) for split in ("train", c.evaluate))
     check_overlap(train, validation)
     source = None if c.source_root is None else open_dataset("gta5", "train", c.source_root, c.scale)
     labelled, unlabelled = choose_labelled(train, c, config.optim.seed)
-    if not unlabelled and config.method.method != "supervised":
+    if not unlabelled and config.method.uses_unlabelled:
         raise UserError(
             f"all {len(train)} images are labelled, so none is left for pseudo-labels: "
             f"lower --labelled, or use --method supervised"
         )
     training = build_training(config, len(train.classes), train.ignore_index, len(labelled), len(unlabelled), device)
-    seed_rank(config.optim.seed)
     # compared on resume, which needs the same images
     data = {
         "classes": list(train.classes),

@@ -35,11 +35,11 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
     """
     if split not in ("train", "val", "test"):
         raise UserError(f"unknown split '{split}': expected 'train', 'val' or 'test'")
-    if split == "test" and name not in ("camvid", "landcover"):
+    if split == "test" and name not in ("camvid", "landcover", "features"):
         raise UserError(
             f"data set '{name}' has no split 'test': expected 'train' or 'val'; camvid and landcover have one"
         )
-    if name not in ("landcover", "folder", *PUBLISHED):
+    if name not in ("landcover", "folder", "features", *PUBLISHED):
         known = ", ".join(f"'{published}'" for published in PUBLISHED)
         raise UserError(
             f"unknown data set '{name}': expected 'landcover' (embedded), 'folder' (your own data), {known}"
@@ -48,6 +48,10 @@ def open_dataset(name: str, split: str, root: Path | None = None, scale: float =
         raise UserError(f"scale {scale}: data set '{name}' is read at its own size only; leave it 1")
     if name == "landcover":
         return open_folder(LANDCOVER, split, name="landcover")
+    if name == "features":
+        from train.data.features import FeatureDataset
+
+        return FeatureDataset(root or Path("features"), split)
     if root is None:
         content = "with images/, masks/ and classes.txt" if name == "folder" else "that the data set is unpacked in"
         raise UserError(f"data set '{name}' needs a root: give the folder {content}")

@@ -32,7 +32,7 @@ def choose_labelled(train: SegmentationDataset, data: DataConfig, seed: int) -> 
         order = read_released_split(path, n) if path.suffix == ".pkl" else read_split(path, train.ids)
         return split_by_order(order, n, labelled_count(n, data.labelled))
     seed = seed if data.split_seed is None else data.split_seed
-    if data.dataset == "camvid":  # frames of one video resemble each other
+    if train.name == "camvid":  # frames of one video resemble each other
         return split_labelled_by_sequence(train.ids, data.labelled, seed)
     return split_labelled(n, data.labelled, seed)
 

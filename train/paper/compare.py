@@ -138,7 +138,7 @@ class Comparison:
         self.note("learning rate", step, t.optimizer.param_groups[0]["lr"] - theirs.lr, theirs.lr)
         self.view, source = 0, "source" if t.from_source(step) else "labelled"
         torch.manual_seed(step)
-        with mock.patch("train.step.augment", self.augment):
+        with mock.patch("train.step.augment", self.augment), mock.patch("train.step.draw"):  # one stream, as theirs
             losses = training_step(t, next(self.streams[source]), next(self.streams["unlabelled"]))
         for name in (losses.keys() | theirs.losses.keys()) - {"total"}:
             term = theirs.losses.get(name, 0.0)

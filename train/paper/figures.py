@@ -194,5 +194,10 @@ def _title(content: dict[str, Any], network: str) -> str:
     labelled, images = data["labelled"], data["images"]
     if method == "supervised" and labelled == len(images):
         return "fully supervised"
-    name = {"contrast": "ours", "pseudo": "pseudo-labels", "supervised": "supervised"}[method]
+    name = {
+        "contrast": "ours",
+        "pseudo": "pseudo-labels",
+        "supervised": "supervised",
+        "supervised_contrast": "with contrast",
+    }[method]
     return f"{name}{' (teacher)' if network == 'teacher' else ''}\n{labelled} of {len(images)} labelled"

@@ -78,7 +78,7 @@ def memory_rows(branch: ContrastBranch) -> MemoryRows:
     if not filled.any():
         raise UserError("the memory is empty: train for more than --memory-start steps, or lower --confidence")
     classes, rows = filled.nonzero()[:, 0], memory.rows[filled]
-    if branch.variant == "released":
+    if branch.variant == "released" or branch.objective == "infonce":
         return MemoryRows(rows.double(), classes, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
     logits = branch.memory_weight_logits()[filled]
     return MemoryRows(rows.double(), classes, _over_mean(logits, classes, memory.num_classes))

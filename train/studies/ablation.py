@@ -1,67 +1,101 @@
-"""What each part of the method adds: the same short training without it, over labelled fractions and seeds."""
+"""What each part of the method adds: the same short training without it, paired by seed, with intervals and power."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
+import multiprocessing
 import statistics
-from collections.abc import Iterable
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from train.checkpoint import CHECKPOINT
-from train.config import FitConfig, parse_fit
+from train.config import FitConfig, MethodConfig, parse_fit
 from train.data.datasets import open_dataset
-from train.distributed import choose_device
 from train.errors import UserError
-from train.evaluate import evaluate_checkpoint
-from train.logs import finished
+from train.logs import Record, finished, read_metrics
 from train.loop import fit
-from train.scores import Scores, markdown_table
+from train.scores import markdown_table
+from train.studies.paired import paired
 from train.studies.recipe import short_recipe
 
-Part = Literal["supervised", "pseudo", "contrast", "released", "all-labels"]
+Arm = Literal["labels", "labels-infonce", "pseudo", "positive", "released", "infonce", "all-labels"]
 
-TITLES: dict[Part, str] = {
-    "supervised": "labels only",
+TITLES: dict[Arm, str] = {
+    "labels": "labels only",
+    "labels-infonce": "labels + InfoNCE with queues (Wang et al.)",
     "pseudo": "+ pseudo-labels and entropy",
-    "contrast": "+ class-memory contrast",
-    "released": "the same, contrast as in the released code",
+    "positive": "+ positive contrast with memory",
+    "released": "the same as in the released code",
+    "infonce": "+ InfoNCE with memory instead",
     "all-labels": "all labels, nothing else",
 }
+
+SETTINGS: dict[Arm, dict[str, Any]] = {
+    "labels": {"method": "supervised"},
+    "labels-infonce": {
+        "method": "supervised_contrast",
+        "objective": "infonce",
+        "memory": "queues",
+        "contrast_weight": 0.1,
+    },
+    "pseudo": {"method": "pseudo"},
+    "positive": {"method": "contrast"},
+    "released": {"method": "contrast", "variant": "released", "blur": "horizontal"},
+    "infonce": {"method": "contrast", "objective": "infonce", "contrast_weight": 0.1},
+    "all-labels": {"method": "supervised"},
+}
+"""Options of the method in which the arms differ; all-labels differs in the labelled images too. InfoNCE keeps the
+weight of Wang et al.: its loss is larger than the positive one's."""
+
+COMPARED: tuple[tuple[Arm, Arm], ...] = (
+    ("labels-infonce", "labels"),
+    ("pseudo", "labels"),
+    ("positive", "pseudo"),
+    ("released", "pseudo"),
+    ("infonce", "pseudo"),
+    ("positive", "labels"),
+    ("all-labels", "labels"),
+)
 
 
 @dataclass(frozen=True)
 class AblationConfig:
     """Train a short recipe with and without parts of the method; tabulate. All options of `fit` can follow."""
 
-    dataset: tyro.conf.Positional[Literal["camvid", "cityscapes", "voc", "folder"]]
-    """Which data set; for the generated scenes, the one whose layout they have."""
+    dataset: tyro.conf.Positional[Literal["camvid", "cityscapes", "voc", "folder", "features"]]
+    """Which data set; for the generated scenes, the one whose layout they have. features: of a frozen encoder."""
     root: tyro.conf.Positional[Path]
     """Its folder."""
-    labelled: tuple[int | float, ...] = (0.0625, 0.25)
+    labelled: tuple[int | float, ...] = (0.0625,)
     """Labelled training images: counts or fractions."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws its own labelled images, batches, augmentation and initial weights."""
-    parts: tuple[Part, ...] = ("supervised", "pseudo", "contrast", "released", "all-labels")
+    seeds: tuple[int, ...] = tuple(range(8))
+    """Each draws its own labelled images, batches, augmentation and initial weights, the same for all arms."""
+    arms: tuple[Arm, ...] = ("labels", "pseudo", "positive", "released", "infonce", "all-labels")
     """Lines of the table; all-labels is trained once for each seed."""
     steps: int = 400
     """Steps of each run."""
+    last: int = 3
+    """Evaluations at the end of a run, a twentieth of its steps apart, whose mean is its score."""
     split: Literal["val", "test"] = "val"
     """Images that the table is about. For settings that were chosen on val, take test, if the data set has one."""
+    processes: int = 1
+    """Runs at the same time, one thread each."""
+    budget: float = math.inf
+    """Seconds after which no further run is begun; the same command goes on."""
     out: Path = Path("runs/ablation")
     """Folder of the runs and the table. Finished runs in it are not trained again."""
 
 
-Run = tuple[Part, int | float, int]
-"""Part, labelled images (1.0 for all), seed."""
+Run = tuple[Arm, int | float, int]
+"""Arm, labelled images (1.0 for all), seed."""
 
-Results = dict[Run, dict[str, Scores]]
-"""Scores by network of the runs that are finished."""
+Results = dict[Run, dict[str, float]]
+"""Means over the last evaluations, in percent, by their names in the log, of the runs that are finished."""
 
 
 def ablation(config: AblationConfig, overrides: list[str]) -> Path:
@@ -78,16 +112,47 @@ def ablation(config: AblationConfig, overrides: list[str]) -> Path:
         UserError: unusable options, or a run that cannot be trained.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
-    if not config.seeds or not config.labelled or not config.parts:
-        raise UserError("--seeds, --labelled and --parts need at least one value each")
+    if not config.seeds or not config.labelled or not config.arms:
+        raise UserError("--seeds, --labelled and --arms need at least one value each")
+    if min(config.processes, config.last) < 1:
+        raise UserError(f"--processes is {config.processes}, --last is {config.last}: give at least 1")
     open_dataset(config.dataset, config.split, config.root)  # fails before anything is trained
     plan = planned(config, overrides)
-    for run in plan.values():
-        if not finished(run):
-            print(run.run.out, flush=True)
-            fit(run)
-            _write(config, plan)
+    unfinished = [run for run in plan.values() if not finished(run)]
+    end = time.monotonic() + config.budget
+    if config.processes == 1:
+        for run in unfinished:
+            if time.monotonic() < end:
+                _train(run)
+                _write(config, plan)
+    else:
+        _train_beside(config, plan, unfinished, end)
     return _write(config, plan)
+
+
+def _train_beside(config: AblationConfig, plan: dict[Run, FitConfig], runs: list[FitConfig], end: float) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = iter(runs)
+    with ProcessPoolExecutor(config.processes, context) as pool:
+        going: set[Future[None]] = set()
+        while True:
+            while len(going) < config.processes and time.monotonic() < end and (run := next(queue, None)):
+                going.add(pool.submit(_train, run, 1))
+            if not going:
+                return
+            done, going = wait(going, return_when=FIRST_COMPLETED)
+            _write(config, plan)
+            for future in done:
+                future.result()
+
+
+def _train(run: FitConfig, threads: int | None = None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    print(run.run.out, flush=True)
+    fit(run)
 
 
 def planned(config: AblationConfig, overrides: list[str]) -> dict[Run, FitConfig]:
@@ -95,124 +160,115 @@ def planned(config: AblationConfig, overrides: list[str]) -> dict[Run, FitConfig
     plan: dict[Run, FitConfig] = {}
     for seed in config.seeds:
         for labelled in config.labelled:
-            for part in config.parts:
-                key: Run = (part, 1.0 if part == "all-labels" else labelled, seed)
+            for arm in config.arms:
+                key: Run = (arm, 1.0 if arm == "all-labels" else labelled, seed)
                 plan[key] = _planned(config, overrides, *key)
     return plan
 
 
-def _planned(config: AblationConfig, overrides: list[str], part: Part, labelled: int | float, seed: int) -> FitConfig:
+def _planned(config: AblationConfig, overrides: list[str], arm: Arm, labelled: int | float, seed: int) -> FitConfig:
     base = short_recipe(config.steps, seed)
-    data = replace(base.data, dataset=config.dataset, root=config.root, labelled=labelled)
-    if part == "released":
-        method = replace(base.method, method="contrast", variant="released")
-    else:
-        method = replace(base.method, method="supervised" if part == "all-labels" else part, variant="paper")
-    out = config.out / (part if part == "all-labels" else f"{part}-{labelled:g}") / f"seed{seed}"
-    # evaluated once, at the end: nothing is chosen by these images
-    run = replace(base.run, out=out, evaluate_every=config.steps)
-    return parse_fit(overrides, replace(base, data=data, method=method, run=run))
+    data = replace(base.data, dataset=config.dataset, root=config.root, labelled=labelled, evaluate=config.split)
+    model = base.model
+    if config.dataset == "features":
+        from train.data.features import read_meta
+
+        model = replace(model, network="head", in_channels=read_meta(config.root)["channels"])
+    out = config.out / config.split / (arm if arm == "all-labels" else f"{arm}-{labelled:g}") / f"seed{seed}"
+    every = max(1, config.steps // 20)
+    first = config.steps - (config.last - 1) * every
+    run = replace(base.run, out=out, evaluate_every=every, evaluate_from=first, checkpoint_every=config.steps)
+    given = parse_fit(overrides, replace(base, data=data, model=model, run=run))
+    method: MethodConfig = replace(given.method, **SETTINGS[arm])  # the arm comes last: it is what is compared
+    return replace(given, method=method)
+
+
+def _results(config: AblationConfig, plan: dict[Run, FitConfig]) -> Results:
+    results: Results = {}
+    for key, run in plan.items():
+        if finished(run):
+            evaluated = [record for record in read_metrics(run.run.out) if "miou/student" in record][-config.last :]
+            results[key] = _mean_record(evaluated)
+    return results
+
+
+def _mean_record(records: list[Record]) -> dict[str, float]:
+    names = [name for name in records[-1] if name.startswith(("miou/", "iou_student/"))]
+    values = {name: [r[name] for r in records if r.get(name) is not None] for name in names}
+    return {name: 100 * statistics.fmean(given) for name, given in values.items() if given}
+
+
+def _of(results: Results, arm: Arm, labelled: int | float, name: str = "miou/student") -> dict[int, float]:
+    """A number by seed."""
+    share = 1.0 if arm == "all-labels" else labelled
+    return {seed: r[name] for (a, s, seed), r in results.items() if (a, s) == (arm, share) and name in r}
 
 
 def _tables(config: AblationConfig, results: Results) -> list[str]:
-    """Markdown: mean IoU by part and labelled images, gains from line to line, IoU of each class."""
-    seeds = ", ".join(str(seed) for seed in sorted({seed for _, _, seed in results}))
     parts = [
         f"# {config.dataset}: what each part adds",
-        f"Mean IoU, %, on the {config.split} images after the last of {config.steps} steps: mean and, from two seeds "
-        f"on, sample standard deviation over the seeds ({seeds or 'none finished'}), each of which has labelled "
-        f"images, batches and initial weights of its own.",
-    ]
-    for network in ("student", "teacher"):
-        parts += [f"## {network}", _table(config, results, network)]
-    parts += [
-        "## Gain of each line over the one before",
-        "Of the student, points of mean IoU; differences are taken seed by seed, where labelled images and batches are "
-        "the same, so their spread is that of the gain.",
-        _gains(config, results),
+        f"Mean IoU, %, on the {config.split} images: of a run, the mean of its last {config.last} evaluations, of "
+        f"{config.steps} steps. Seeds share labelled images, initial weights, batches and views between the arms.",
     ]
     for labelled in config.labelled:
-        parts += [f"## Classes, {_share(labelled)} labelled (student)", _classes(config, results, labelled)]
+        share = f"{100 * labelled:g} %" if isinstance(labelled, float) else f"{labelled} images"
+        arms = [["", "seeds", "student", "teacher"]]
+        for arm in config.arms:
+            student = _of(results, arm, labelled)
+            teacher = _of(results, arm, labelled, "miou/teacher")
+            arms.append([TITLES[arm], str(len(student)), _mean_spread(student), _mean_spread(teacher)])
+        parts += [f"## {share} labelled", "Mean and sample deviation over the seeds.", markdown_table(arms)]
+        parts += [
+            "Paired differences of the students, in points: mean with its 95 % interval (Student's t, not corrected "
+            "for the number of comparisons), deviation of a pair, the difference that so many pairs detect with 80 % "
+            "power, and how many would detect one point.",
+            _differences(config, results, labelled),
+            markdown_table(_classes(config, results, labelled)),
+        ]
     return parts
 
 
-def _table(config: AblationConfig, results: Results, network: str) -> str:
-    table = [["", *(f"{_share(labelled)} labelled" for labelled in config.labelled)]]
-    for part in config.parts:
-        cells = [_mean_spread(_miou(results, part, labelled, network).values()) for labelled in config.labelled]
-        table.append([TITLES[part], *cells])
+def _differences(config: AblationConfig, results: Results, labelled: int | float) -> str:
+    table = [["", "seeds", "difference", "deviation", "detectable", "seeds for 1 point"]]
+    for arm, base in COMPARED:
+        if not {arm, base} <= set(config.arms):
+            continue
+        ours, theirs = _of(results, arm, labelled), _of(results, base, labelled)
+        seeds = sorted(ours.keys() & theirs.keys())
+        cells = ["–"] * 4
+        if len(seeds) > 1:
+            p = paired([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+            mark = "**" if p.excludes_zero else ""
+            interval = f"{mark}{p.mean:+.2f} [{p.mean - p.half:+.2f}, {p.mean + p.half:+.2f}]{mark}"
+            cells = [interval, f"{p.spread:.2f}", f"{p.detectable:.2f}", str(p.pairs_for(1.0))]
+        table.append([f"{TITLES[arm]} − {TITLES[base]}", str(len(seeds)), *cells])
     return markdown_table(table)
 
 
-def _gains(config: AblationConfig, results: Results) -> str:
-    table = [["", *(f"{_share(labelled)} labelled" for labelled in config.labelled)]]
-    before = {"pseudo": "supervised", "contrast": "pseudo", "released": "pseudo"}
-    for part, base in before.items():
-        if part in config.parts and base in config.parts:
-            cells = []
-            for labelled in config.labelled:
-                ours, theirs = (_miou(results, name, labelled, "student") for name in (part, base))
-                cells.append(_mean_spread([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()], "+"))
-            table.append([f"{TITLES[part]}, over {TITLES[base]}", *cells])
-    return markdown_table(table)
-
-
-def _classes(config: AblationConfig, results: Results, labelled: int | float) -> str:
-    columns = {part: _of_part(results, part, labelled, "student") for part in config.parts}
-    names = next((scores.iou.keys() for column in columns.values() for scores in column.values()), ())
-    table = [["IoU, %", *(TITLES[part] for part in config.parts)]]
+def _classes(config: AblationConfig, results: Results, labelled: int | float) -> list[list[str]]:
+    names = sorted({name for result in results.values() for name in result if name.startswith("iou_student/")})
+    table = [["IoU of the student, %", *config.arms]]
     for name in names:
-        cells = [_mean_spread(100 * scores.iou[name] for scores in column.values()) for column in columns.values()]
-        table.append([name, *cells])
-    return markdown_table(table)
+        table.append([name.split("/")[1], *(_mean_spread(_of(results, arm, labelled, name)) for arm in config.arms)])
+    return table
 
 
-def _miou(results: Results, part: Part, labelled: int | float, network: str) -> dict[int, float]:
-    return {seed: 100 * scores.miou for seed, scores in _of_part(results, part, labelled, network).items()}
-
-
-def _of_part(results: Results, part: Part, labelled: int | float, network: str) -> dict[int, Scores]:
-    """Scores by seed."""
-    labelled = 1.0 if part == "all-labels" else labelled
-    return {
-        seed: scores[network]
-        for (of_part, of_labelled, seed), scores in results.items()
-        if (of_part, of_labelled) == (part, labelled) and network in scores
-    }
-
-
-def _mean_spread(values: Iterable[float], sign: str = "") -> str:
-    values = [value for value in values if not math.isnan(value)]  # a class that does not occur is NaN
+def _mean_spread(by_seed: dict[int, float]) -> str:
+    values = list(by_seed.values())
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.1f}{spread}"
-
-
-def _share(labelled: int | float) -> str:
-    return f"{100 * labelled:g} %" if isinstance(labelled, float) else f"{labelled} images"
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def _write(config: AblationConfig, plan: dict[Run, FitConfig]) -> Path:
-    results = {key: _scores(config, run) for key, run in plan.items() if finished(run)}
-    path = config.out / "table.md"
+    results = _results(config, plan)
+    path = config.out / f"table-{config.split}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(_tables(config, results)) + "\n", encoding="utf-8")
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["part", "labelled", "seed", "network", "class", "iou"])
-        for (part, labelled, seed), scores in results.items():
-            for network, score in scores.items():
-                for name, iou in {"mean": score.miou, **score.iou}.items():
-                    writer.writerow([part, f"{labelled:g}", seed, network, name, f"{100 * iou:.2f}"])
+        writer.writerow(["arm", "labelled", "seed", "name", "iou"])
+        for (arm, labelled, seed), numbers in results.items():
+            writer.writerows([arm, f"{labelled:g}", seed, name, f"{value:.2f}"] for name, value in numbers.items())
     return path
-
-
-def _scores(config: AblationConfig, run: FitConfig) -> dict[str, Scores]:
-    """Of the last student and teacher on the split of the table, kept in the folder of the run."""
-    path = run.run.out / f"scores-{config.split}.json"
-    checkpoint = run.run.out / CHECKPOINT
-    if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime:
-        scores = evaluate_checkpoint(checkpoint, config.split, config.root, choose_device(run.run.device))
-        path.write_text(json.dumps({name: {"iou": s.iou, "miou": s.miou} for name, s in scores.items()}))
-    return {name: Scores(**plain) for name, plain in json.loads(path.read_text()).items()}

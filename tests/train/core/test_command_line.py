@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,6 +16,7 @@ from train_helpers import ROOT, TINY_OPTIONS
 from train.command_line import COMMANDS, EvaluateConfig, MakeDataConfig, main
 from train.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from train.data.check import CheckConfig
+from train.data.features import FeaturesConfig
 from train.paper.compare import CompareConfig
 from train.paper.figures import FiguresConfig
 from train.paper.reproduce import ReproduceConfig
@@ -104,6 +106,7 @@ def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("fit --row any", (RowOptions,)),
         ("make-data", (MakeDataConfig,)),
         ("check", (CheckConfig,)),
+        ("features", (FeaturesConfig,)),
         ("reproduce", (ReproduceConfig,)),
         ("compare", (CompareConfig,)),
         ("figures", (FiguresConfig,)),
@@ -120,6 +123,7 @@ def test_help_names_and_explains_every_option(
     for config in configs:
         for field in fields(config):
             positional = config in POSITIONAL and field.name in ("checkpoint", "kind", "data", "dataset", "root")
+            positional |= config is FeaturesConfig and field.name in ("dataset", "out")
             assert positional or f"--{field.name.replace('_', '-')}" in text
         # an option without a line of explanation would be a field without the string below it
         source = inspect.getsource(config)
@@ -150,3 +154,11 @@ def test_only_some_commands_run_on_several_processes(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["demo"]) == 2
     assert "error: torchrun is for fit, evaluate, reproduce: start demo with python -m train" in capsys.readouterr().err
+
+
+def test_show_config_prints_what_would_train_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    row = ["fit", "--row", "voc/dv2-coco/1-50", "--data", str(tmp_path), "--show-config", "--steps", "77"]
+    assert main(row) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["optim"]["steps"] == 77 and shown["data"]["dataset"] == "voc" and shown["model"]["network"]
+    assert not any(tmp_path.iterdir())

@@ -218,7 +218,6 @@ def test_interrupt_of_one_process_stops_all_after_the_same_step_and_resume_is_ex
     assert_same_state(work / "whole" / "last.pt", work / "broken" / "last.pt")
     state = read_checkpoint(work / "whole" / "last.pt")["training"]
     (other,) = state["other_ranks"]
-    assert not torch.equal(other["rng_cpu"], state["rng_cpu"])
     assert not torch.equal(other["memory"]["rows"], state["learner"]["branch.memory.rows"])
     steps = [[record["step"] for record in read_metrics(work / name)] for name in ("whole", "broken")]
     assert steps == [list(range(1, 9))] * 2

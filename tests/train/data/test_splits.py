@@ -98,7 +98,9 @@ def test_camvid_labels_the_same_share_of_every_sequence():
 
 
 class Items(list):
-    """Stands for a data set of which only the ids matter."""
+    """Stands for a data set of which only the name and the ids matter."""
+
+    name = "camvid"
 
     @property
     def ids(self) -> list[str]:

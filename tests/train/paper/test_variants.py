@@ -9,7 +9,7 @@ import pytest
 
 from train.augment import build_augmentation
 from train.config import FitConfig
-from train.models import build_branch
+from train.contrast import build_branch
 from train.paper.rows import Row, rows
 from train.paper.variants import Variant, variant_config, with_all_labels
 
@@ -32,12 +32,20 @@ SAME: dict[str, Any] = {
     "method.memory_sync": "gather",
     "method.contrast_dim": 256,
     "method.confidence": 0.95,
+    "method.objective": "positive",
+    "method.memory": "teacher",
+    "method.remember": "fixed",
+    "method.temperature": 0.1,
+    "method.base_temperature": 0.07,
+    "method.anchors": 1024,
+    "method.views": 100,
     "method.last_steps": 100,
     "optim.precision": "float32",
     "optim.optimizer": "sgd",
     "optim.momentum": 0.9,
     "optim.weight_decay": 5e-4,
     "optim.ema": 0.995,
+    "optim.ema_schedule": "cosine",
     "run.evaluate_every": 1000,
 }
 BY_VARIANT: dict[str, tuple[Any, Any, Any]] = {
