@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pixcontrast.distributed import world_size
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import write_config
@@ -48,6 +49,11 @@ def fit(config: FitConfig) -> dict[str, Scores]:
         with locked(config.run.out):
             return _fit(config)
     except RuntimeError as error:
+        if world_size() > 1 and ("peer" in str(error) or isinstance(error, torch.distributed.DistError)):
+            raise UserError(
+                f"another process of this training ended ({reason(error)}): the same command goes on from the last "
+                f"checkpoint in {config.run.out}"
+            ) from None
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(

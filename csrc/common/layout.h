@@ -19,7 +19,7 @@ constexpr double kNormFloor = 1e-12;  // rows of a smaller norm count as the zer
 template <class A>
 PIXCONTRAST_HOST_DEVICE A inverse_norm(A square) {
   const A norm = std::sqrt(square);
-  return norm < A(kNormFloor) ? A(0) : norm / square;
+  return norm < A(kNormFloor) ? A(0) : 1 / norm + 0 * square;  // 0 times infinity is NaN
 }
 
 // Sums of T are kept in this type.

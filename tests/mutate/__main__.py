@@ -28,7 +28,12 @@ from .parts import PARTS, ROOT
 
 RECORD = ROOT / "docs" / "reliability" / "mutants.jsonl"
 NOT_COUNTED = ("equivalent", "slower", "text")
+LIMIT = 600.0  # seconds of the tests of a mutant; one that hangs is noticed
 MEMORY = 20 << 30  # of a process that runs tests: a mutant may ask for anything; the race checker reserves more
+
+
+def limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def tracked() -> list[str]:
@@ -43,7 +48,7 @@ class Tree:
 
     def __init__(self, part: str) -> None:
         self.name, self.part, self.folder = part, PARTS[part], ROOT / "build" / "mutate" / part
-        self.seconds: dict[tuple[str, ...], float] = {}  # of tests without a mutant
+        self.passed: set[str] = set()  # tests, without a mutant
         for name in tracked():
             to = self.folder / name
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +73,13 @@ class Tree:
         """Exit status of pytest, ``None`` beyond the limit of seconds, and the end of what it said."""
         environment = os.environ | dict(self.part.environment) | {
             "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive",
+            "COLUMNS": "1000",  # so that pytest shortens no name of a test
         }  # fmt: skip
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]
         process = subprocess.Popen(
             command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
-            preexec_fn=None if self.name == "cuda" else lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+            preexec_fn=None if self.name == "cuda" else limit_memory,
         )  # fmt: skip
         try:
             said = process.communicate(timeout=limit)[0]
@@ -83,19 +89,14 @@ class Tree:
             return None, ""
         return process.returncode, said
 
-    def unchanged(self, tests: tuple[str, ...]) -> float:
-        """Seconds of the tests without a mutant, which must pass."""
-        if tests not in self.seconds:
-            start = time.monotonic()
-            status, said = self.test(tests)
-            if status:
-                sys.exit(f"without a mutant, {' '.join(tests)} fail:\n{said[-3000:]}")
-            self.seconds[tests] = time.monotonic() - start
-        return self.seconds[tests]
+    def passes(self, test: str) -> bool:
+        """Whether a test passes without a mutant; only then it has noticed one."""
+        if test not in self.passed and self.test((test,))[0] == 0:
+            self.passed.add(test)
+        return test in self.passed
 
     def verdict(self, path: Path, mutant: Mutant, tests: tuple[str, ...]) -> tuple[str, str]:
         """``noticed``, ``survived`` or ``no code``, and the test that noticed."""
-        limit = 3 * self.unchanged(tests) + 120
         file = self.folder / path
         text, times = file.read_text(), (file.stat().st_atime, file.stat().st_mtime)
         try:
@@ -104,16 +105,24 @@ class Tree:
                 self.part.build(self.folder)
             except subprocess.CalledProcessError:
                 return "no code", ""
-            status, said = self.test(tests, limit)
-            if "CompileError" in said:
-                return "no code", ""
-            failed = [line.split(" ")[1] for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-            by = failed[0] if failed else f"timeout of {tests[0]}" if status is None else f"end of the process {status}"
-            return ("survived", "") if status == 0 else ("noticed", by)
+            status, said = self.test(tests, LIMIT)
         finally:
             file.write_text(text)
             os.utime(file, times)
             self.copy_built(self.kept, self.folder)
+        if "CompileError" in said:
+            return "no code", ""
+        if status == 0:
+            return "survived", ""
+        failed = [
+            line.split(" - ")[0].split(" ", 1)[1]
+            for line in said.splitlines()
+            if line.startswith(("FAILED ", "ERROR "))
+        ]
+        by = failed[0] if failed else tests[0]
+        if not self.passes(by.split("[")[0] if " " in by else by):
+            sys.exit(f"{by} also fails without a mutant; with {mutant} in {path}:\n{said[-3000:]}")
+        return "noticed", by if failed else "no end" if status is None else "the process ended"
 
 
 def describe(part: str, path: Path, mutant: Mutant, text: str) -> dict[str, Any]:
