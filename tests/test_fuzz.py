@@ -17,7 +17,7 @@ from fuzz.run import SHARES, case, run
 from torch import Tensor
 
 from pixcontrast import ClassMemory, ContrastBranch
-from pixcontrast.functional import infonce_contrast, memory_mean
+from pixcontrast.functional import infonce_contrast, memory_mean, positive_contrast
 from pixcontrast.queues import PixelQueues
 from pixcontrast.select import Anchors
 
@@ -174,3 +174,12 @@ def test_a_record_takes_no_seed_twice(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["fuzz", "--first", "7", "--record", str(record)])
     with pytest.raises(SystemExit, match="--first 7 is in"):
         main()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_beyond_a_memory_of_one_row_are_cut_to_one_and_no_class_takes_part(backend: str) -> None:
+    features, labels = torch.randn(6, 3), torch.zeros(6, dtype=torch.int64)
+    for rows in (1, 2):
+        queue, counts = torch.randn(1, rows, 3), torch.tensor([5])
+        output = positive_contrast(features, labels, queue, queue_counts=counts, backend=backend)
+        assert bool(output.loss) == bool(output.class_loss.any()) == (rows == 2)
