@@ -57,9 +57,8 @@ def fit(config: FitConfig) -> dict[str, Scores]:
 def _about_processes(error: Exception, config: FitConfig) -> UserError | None:
     """The error of one line if another process of this training, or one that loads images, has ended."""
     again = f"the same command goes on from the last checkpoint in {config.run.out}"
-    if isinstance(error, RuntimeError) and world_size() > 1:
-        if "peer" in str(error) or isinstance(error, torch.distributed.DistError):
-            return UserError(f"another process of this training ended ({reason(error)}): {again}")
+    if world_size() > 1 and ("peer" in str(error) or isinstance(error, torch.distributed.DistError)):
+        return UserError(f"another process of this training ended ({reason(error)}): {again}")
     # its connection breaks where it was killed while it sent a batch; a socket that is gone has no file name
     gone = isinstance(error, EOFError | ConnectionError) or (
         isinstance(error, FileNotFoundError) and not error.filename
