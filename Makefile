@@ -6,6 +6,7 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 FUZZ_ARGS ?=
 RELEASE_ARGS ?=
+MUTATE_ARGS ?=
 MINUTES ?= 10
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # without a GPU, the build of this tree only serves tests: one architecture is enough
@@ -13,7 +14,7 @@ ifeq (,$(shell command -v nvidia-smi))
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help demo test test-examples lint docs bench fuzz sanitize gpu env release-check clean
+.PHONY: help demo test test-examples lint docs bench fuzz sanitize mutate gpu env release-check clean
 
 help:
 	@echo "make demo   train on real images and write runs/demo/report.md (3 to 6 minutes on 2 cores)"
@@ -23,7 +24,8 @@ help:
 	@echo "make docs   the site in build/site; a broken link is an error"
 	@echo "make bench  time the operators beside other ways to compute the same (about 9 minutes on 2 cores)"
 	@echo "make fuzz   random cases over every function for MINUTES=10; FUZZ_ARGS='--seed N' repeats one"
-	@echo "make sanitize   tests and random cases on a build with ASan and UBSan (about 10 minutes on 2 cores)"
+	@echo "make sanitize   tests and random cases with ASan and UBSan, threads, leaks (about 15 minutes on 2 cores)"
+	@echo "make mutate   change single places of the sources and see that tests notice, for MINUTES=10, after those of the record"
 	@echo "make gpu    on a machine with a GPU: build, test, time, train, sanitize (installs nothing; GPU_ARGS=--rehearse: anywhere)"
 	@echo "make env    versions, build and devices, for a bug report"
 	@echo "make release-check   install the source distribution in empty environments of several torch; prints the support table"
@@ -54,6 +56,9 @@ fuzz: .venv/built
 
 sanitize: .venv/installed
 	.venv/bin/python tests/sanitize.py --minutes $(MINUTES)
+
+mutate: .venv/built
+	PYTHONPATH=tests .venv/bin/python -m mutate --minutes $(MINUTES) $(MUTATE_ARGS)
 
 # with the Python that is there, because a machine with a GPU often has its own PyTorch and no network
 gpu:

@@ -35,10 +35,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """``rows [..., D]`` scaled to norm one; rows of norm below ``NORM_FLOOR`` become zero and pass no gradient."""
+    """``rows [..., D]`` scaled to norm one; rows of norm below ``NORM_FLOOR`` become zero and pass no gradient.
+
+    Rows whose norm is beyond the range of the dtype become NaN, as those with NaN.
+    """
     norm = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
     safe = torch.where(norm < NORM_FLOOR, 0, rows)
-    return safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    norm = torch.linalg.vector_norm(safe, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    return safe / norm.masked_fill(norm.isinf(), torch.nan)
 
 
 def memory_mean(queue: Tensor, counts: Tensor, weight_logits: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """``make sanitize``: a CPU build with AddressSanitizer and UndefinedBehaviorSanitizer, and tests and the fuzz on it.
 
 The build stands in ``build/sanitize/address`` beside links to the Python files, and leaves that of the package alone.
-Leaks are not looked for: Python and PyTorch keep memory until the process ends.
+AddressSanitizer does not look for leaks, because Python and PyTorch keep memory until the process ends: ``leaks.py``
+does, on the build of the package, and ``tsan/run.py`` looks for races.
 """
 
 from __future__ import annotations
@@ -75,7 +76,13 @@ def main() -> int:
         ["fuzz", "--minutes", str(options.minutes)],
     ):
         codes.append(subprocess.run([sys.executable, "-m", *command], env=environment, cwd=lib).returncode)
-    print(f"sanitizers: tests {codes[0]}, fuzz {codes[1]} (0: nothing found), {time.monotonic() - start:.0f} s")
+    plain = os.environ | {"PYTHONPATH": str(ROOT)}
+    for script in ("tsan/run.py", "leaks.py"):
+        codes.append(subprocess.run([sys.executable, str(ROOT / "tests" / script)], env=plain, cwd=ROOT).returncode)
+    results = ", ".join(
+        f"{name} {code}" for name, code in zip(("tests", "fuzz", "threads", "leaks"), codes, strict=True)
+    )
+    print(f"sanitizers: {results} (0: nothing found), {time.monotonic() - start:.0f} s")
     return int(any(codes))
 
 

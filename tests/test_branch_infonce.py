@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from pixcontrast import ContrastBranch, PixelContrastLoss
 from pixcontrast.functional import infonce_contrast
-from pixcontrast.select import labels_at
+from pixcontrast.select import Anchors, labels_at
 
 CLASSES, CHANNELS, DIM = 4, 12, 16
 
@@ -191,3 +191,12 @@ def test_half_precision_reaches_the_kernel_under_autocast(half: torch.dtype, mon
         assert seen.pop() == dtypes and seen.pop()[0] == torch.float32
         assert results[1].dtype == torch.float32
         assert abs(results[0] - results[1]) < 0.05 * abs(results[0])
+
+
+def test_the_first_pixel_may_be_an_anchor_of_the_dense_branch() -> None:
+    labels, drawn = (
+        torch.arange(12).view(2, 2, 3) % 4,
+        Anchors(torch.tensor([0, 5, -1, 11]), torch.tensor([0, 1, -1, 3])),
+    )
+    _, rows = make_branch(dense=True)._anchor_rows(torch.randn(2, CHANNELS, 2, 3), labels, drawn)
+    assert rows.indices.tolist() == [0, 4, -1, 11]  # in class order, pixels 0 4 8, 1 5 9, 2 6 10, 3 7 11

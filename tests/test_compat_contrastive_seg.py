@@ -221,3 +221,14 @@ def test_training_by_their_call_and_by_ours_gives_the_same_losses(with_queue: bo
     first, second = train(their_loss), train(our_loss)
     assert first == second
     assert sum(first[-5:]) < sum(first[:5])
+
+
+@pytest.mark.parametrize("given", ["memory", "array", "list"])
+def test_what_is_no_tensor_is_one_clear_error(given: str) -> None:
+    preds, target = make_batch()
+    wrong = {"memory": ClassMemory(CLASSES, 2, 6), "array": target.numpy(), "list": target.tolist()}[given]
+    criterion = PixelContrastLoss(Configer())
+    with pytest.raises(TypeError, match="predict, the third argument, must hold predicted classes"):
+        criterion(preds["embed"], target, wrong)
+    with pytest.raises(TypeError, match="labels must be a tensor, got"):
+        criterion(preds["embed"], wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz.__main__ import added, main
 from fuzz.draw import capability_of
 from fuzz.run import SHARES, case, run
 from torch import Tensor
 
 from pixcontrast import ClassMemory, ContrastBranch
-from pixcontrast.functional import infonce_contrast, memory_mean
+from pixcontrast.functional import infonce_contrast, memory_mean, positive_contrast
 from pixcontrast.queues import PixelQueues
 from pixcontrast.select import Anchors
 
@@ -154,3 +156,30 @@ def test_a_branch_takes_maps_without_pixels(objective: str, dense: bool) -> None
     loss = branch(features.requires_grad_(), labels)
     loss.backward()
     assert loss == 0 and not branch.memory.counts.any() and isinstance(branch.memory, ClassMemory)
+
+
+def test_a_record_adds_runs_of_other_seeds() -> None:
+    counts = {"functions": {"unit_rows": {"float32": 3}}, "capabilities": {"avx2": 3}}
+    runs = [counts | {"first_seed": seed, "cases": 3, "failures": [{}] * seed} for seed in (0, 1)]
+    record = added(runs)
+    assert (record["cases"], record["failures"], record["runs"]) == (6, 1, runs)
+    assert record["functions"] == {"unit_rows": {"float32": 6}} and record["capabilities"] == {"avx2": 6}
+
+
+def test_a_record_takes_no_seed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "fuzz.json"
+    record.write_text(
+        json.dumps(added([{"first_seed": 7, "cases": 0, "failures": [], "functions": {}, "capabilities": {}}]))
+    )
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--first", "7", "--record", str(record)])
+    with pytest.raises(SystemExit, match="--first 7 is in"):
+        main()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_beyond_a_memory_of_one_row_are_cut_to_one_and_no_class_takes_part(backend: str) -> None:
+    features, labels = torch.randn(6, 3), torch.zeros(6, dtype=torch.int64)
+    for rows in (1, 2):
+        queue, counts = torch.randn(1, rows, 3), torch.tensor([5])
+        output = positive_contrast(features, labels, queue, queue_counts=counts, backend=backend)
+        assert bool(output.loss) == bool(output.class_loss.any()) == (rows == 2)

@@ -409,3 +409,22 @@ def test_self_contrast_in_several_panels() -> None:
     (expected, expected_grad), (output, grad) = (case.run(backend) for backend in BACKENDS)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12 * float(expected_grad.abs().max()))
+
+
+def test_rows_so_long_that_keys_are_not_split() -> None:
+    # 600 x 3600 elements of the gradient are more than the sums of one split hold, and a tile has 13 keys, not 192
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(600, 3600, generator=g, dtype=torch.float64)
+    queue, counts = torch.randn(2, 40, 3600, generator=g, dtype=torch.float64), torch.tensor([40, 33])
+    anchors = Anchors(torch.randperm(600, generator=g), torch.randint(0, 2, (600,), generator=g))
+    case = Case(features / 60, anchors, [queue / 60], [counts])
+    (expected, expected_grad), (output, grad) = (case.run(backend) for backend in BACKENDS)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12 * float(expected_grad.abs().max()))
+
+
+def test_more_queues_than_the_kernels_take_are_named() -> None:
+    anchors, queues = Anchors(torch.tensor([0, 1]), torch.tensor([0, 1])), [torch.randn(2, 3, 4)] * 9
+    assert infonce_contrast(torch.randn(2, 4), anchors, queues[:8]).loss.isfinite()
+    with pytest.raises(ValueError, match="queues"):
+        infonce_contrast(torch.randn(2, 4), anchors, queues)

@@ -13,6 +13,7 @@ import torch
 from positive_cases import IGNORE, Case, full_case, random_case, relative_errors
 
 from pixcontrast.functional import memory_mean, positive_contrast
+from pixcontrast.ops.unit_rows import unit_rows
 from pixcontrast.reference import accumulation_dtype
 
 BACKENDS = ("reference", "extension")
@@ -385,3 +386,29 @@ def test_a_zero_row_of_the_memory_with_trained_weights_keeps_gradients_finite(ba
         )
         expected = v * (1 - sigma[c]) * (g - (v * g).sum())
         torch.testing.assert_close(grad[c], expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_beyond_float32_reach_the_loss(backend: str, dtype: torch.dtype) -> None:
+    features, labels = torch.randn(6, 40).to(dtype), torch.tensor([0, 0, 0, 1, 1, 1])
+    queue, logits = torch.randn(2, 3, 40).to(dtype), torch.randn(2, 3)
+    for where in ("features", "queue"):
+        f, q, b = (t.clone() for t in (features, queue, logits))
+        (f if where == "features" else q[0])[1] = 1e19  # a square of 4e39, and every element is finite
+        f.requires_grad_(), b.requires_grad_()
+        output = positive_contrast(f, labels, q, queue_weight_logits=b, backend=backend)
+        output.loss.backward()
+        assert output.loss.isnan() and output.class_loss.isnan().tolist() == [True, False], where
+        assert f.grad[1].isnan().all() and f.grad[3:].isfinite().all() and b.grad[1].isfinite().all()
+        f = features * 1e15
+        assert positive_contrast(f, labels, queue, backend=backend).loss.isfinite()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_unit_row_of_a_norm_beyond_its_dtype_is_nan(backend: str) -> None:
+    for dtype, value in ((torch.float32, 1e19), (torch.bfloat16, 1e19), (torch.float64, 1e154)):
+        rows = torch.ones(3, 300, dtype=dtype)
+        rows[1] = value
+        unit = unit_rows(rows, backend)
+        assert unit[1].isnan().all() and unit[[0, 2]].isfinite().all()

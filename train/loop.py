@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pixcontrast.distributed import world_size
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import write_config
@@ -48,13 +49,27 @@ def fit(config: FitConfig) -> dict[str, Scores]:
     try:
         with locked(config.run.out):
             return _fit(config)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
+    except (RuntimeError, EOFError, OSError) as error:
+        if reported := _about_processes(error, config):
+            raise reported from None
+        raise
+
+
+def _about_processes(error: Exception, config: FitConfig) -> UserError | None:
+    """The error of one line if another process of this training, or one that loads images, has ended."""
+    again = f"the same command goes on from the last checkpoint in {config.run.out}"
+    if world_size() > 1 and ("peer" in str(error) or isinstance(error, torch.distributed.DistError)):
+        return UserError(f"another process of this training ended ({reason(error)}): {again}")
+    # its connection breaks where it was killed while it sent a batch; a socket that is gone has no file name
+    gone = isinstance(error, EOFError | ConnectionError) or (
+        isinstance(error, FileNotFoundError) and not error.filename
+    )
+    if (gone and config.data.workers > 0) or "DataLoader worker" in str(error):
+        return UserError(
             f"a loader process ended ({reason(error)}), perhaps for lack of memory: give fewer --workers than "
-            f"{config.data.workers}; the same command goes on from the last checkpoint in {config.run.out}"
-        ) from None
+            f"{config.data.workers}; {again}"
+        )
+    return None
 
 
 def _fit(config: FitConfig) -> dict[str, Scores]:

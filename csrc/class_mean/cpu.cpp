@@ -97,8 +97,8 @@ void class_mean_backward_cpu(const ClassMean<T>& args) {
       const A* row = buffer.read(args.queue + (c * args.capacity + j) * args.dim);
       A square, product;
       kernels.square_and_dot(row, args.grad_mean + c * args.dim, args.dim, &square, &product);
-      const A norm = std::sqrt(square);
-      args.grad_weight_logits[c * args.capacity + j] = norm < A(kNormFloor) ? A(0) : product / norm;  // g_j
+      const A inverse = inverse_norm(square);
+      args.grad_weight_logits[c * args.capacity + j] = inverse == 0 ? A(0) : product * inverse;  // g_j
     }
   });
   cpu::Pieces(args.classes, args.classes, 1).run([&](int64_t c, int64_t, int64_t) {

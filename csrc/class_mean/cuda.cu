@@ -85,14 +85,14 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const ClassMean<T> args, fl
         other.load(rows, 1, first, dim);
         other.add_products(nullptr, first, dim, &square, nullptr);
       }
-      const float norm = sqrtf(warp_sum(square));
-      if (norm < static_cast<float>(kNormFloor)) continue;
+      const float inverse = inverse_norm(warp_sum(square));
+      if (inverse == 0) continue;
       const float weight =
           share.factor *
           (args.weight_logits ? score(args.weight_logits[c * args.capacity + j + r], share.shift) : 1.0f);
       Shape::for_columns(chunk, dim, [&](int slot, int) {
         CU_UNROLL for (int i = 0; i < Shape::kWidth; ++i) sum[slot].x[i] +=
-            weight / norm * to_float(row[r].x[slot].x[i]);
+            weight * inverse * to_float(row[r].x[slot].x[i]);
       });
     }
   }
@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(kThreads) project_rows(const ClassMean<T> args
       row[r].load(rows, 1, first, dim);
       row[r].add_products(grad_mean, first, dim, &square, &product);
     }
-    const float norm = sqrtf(warp_sum(square));
+    const float inverse = inverse_norm(warp_sum(square));
     product = warp_sum(product);
     if (lane == 0) {
       args.grad_weight_logits[c * args.capacity + first_row + r] =
-          norm < static_cast<float>(kNormFloor) ? 0.0f : product / norm;
+          inverse == 0 ? 0.0f : product * inverse;
     }
   }
 }

@@ -1,6 +1,7 @@
 // How features lie in memory, and the dtype of sums. No torch header.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -13,6 +14,13 @@
 namespace pixcontrast {
 
 constexpr double kNormFloor = 1e-12;  // rows of a smaller norm count as the zero vector
+
+// 1/|x| from |x|^2: 0 where the norm is below the floor, NaN where the square is beyond the range of A.
+template <class A>
+PIXCONTRAST_HOST_DEVICE A inverse_norm(A square) {
+  const A norm = std::sqrt(square);
+  return norm < A(kNormFloor) ? A(0) : 1 / norm + 0 * square;  // 0 times infinity is NaN
+}
 
 // Sums of T are kept in this type.
 template <class T>

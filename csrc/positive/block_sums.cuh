@@ -61,7 +61,7 @@ struct Contrast {
 };
 
 __device__ __forceinline__ Contrast contrast(float weight, float square, float product, float scale) {
-  const float norm = sqrtf(square), inverse = norm < static_cast<float>(kNormFloor) ? 0.0f : 1.0f / norm;
+  const float inverse = inverse_norm(square);
   const float cosine = product * inverse, share = weight * inverse;
   return {cosine, share, -scale * share, scale * share * cosine * inverse};
 }

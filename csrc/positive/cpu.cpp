@@ -152,7 +152,7 @@ class PositiveCpu {
     const int64_t c = class_[i];
     A square, product;
     kernels_.square_and_dot(x, args_.mean + c * dim_, dim_, &square, &product);
-    const A norm = std::sqrt(square), inverse = norm < A(kNormFloor) ? A(0) : 1 / norm;
+    const A inverse = inverse_norm(square);
     const Row row{i, x, inverse, share(i, c), product * inverse};
     similarity_[piece * classes_ + c] += row.weight * row.cosine;
     if (args_.grad_weight_logits) cosine_[i] = row.cosine;

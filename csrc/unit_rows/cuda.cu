@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(32 * kRowWarps) unit_rows(const __grid_constan
     const auto x = load_few<W>(from + column);
     CU_UNROLL for (int w = 0; w < W; ++w) square += to_float(x.x[w]) * to_float(x.x[w]);
   }
-  const float norm = sqrtf(warp_sum(square)), scale = norm < static_cast<float>(kNormFloor) ? 0.0f : 1.0f / norm;
+  const float scale = inverse_norm(warp_sum(square));
   for (int64_t column = lane * W; column < args.dim; column += 32 * W) {
     auto x = load_few<W>(from + column);
     CU_UNROLL for (int w = 0; w < W; ++w) x.x[w] = from_float<T>(to_float(x.x[w]) * scale);

@@ -19,7 +19,7 @@ void run(const UnitRows<T>& args, const Cpu&) {
       const A* const x = in.read(args.from + i * args.dim);
       A square, same;
       kernels.square_and_dot(x, x, args.dim, &square, &same);
-      const A norm = std::sqrt(square), scale = norm < A(kNormFloor) ? A(0) : A(1) / norm;
+      const A scale = inverse_norm(square);
       T* const to = args.to + i * args.dim;
       kernels.combine(A(0), x, scale, x, args.dim, false, out.target(to), A(0), nullptr);
       out.write(to);

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from .. import loss
+from ..checks import check_predict, check_tensor
 from ..loss import Queue
 
 
@@ -67,10 +68,13 @@ class PixelContrastLoss(loss.PixelContrastLoss):
             queue: ``[C, N, D]``, a :class:`ClassMemory`, or several of them, which saves joining two queues.
 
         Raises:
-            ValueError: no labels, or what :class:`pixcontrast.PixelContrastLoss` raises.
+            ValueError, TypeError: no labels, or what :class:`pixcontrast.PixelContrastLoss` raises.
         """
         if labels is None:
             raise ValueError("PixelContrastLoss: labels are needed, got None")
+        check_tensor("labels", labels)
+        if not isinstance(predict, Tensor):
+            check_predict(predict)
         return super().forward(feats, labels.long(), None if predict is None else predict.long(), queue, **options)
 
 

@@ -72,6 +72,8 @@ def positive_contrast(
     if queue_counts is None:
         queue_counts = torch.full((queue.shape[0],), queue.shape[1], dtype=torch.int64, device=queue.device)
     mean = memory_mean(queue, queue_counts, queue_weight_logits, backend)
+    if queue.shape[1] < reference.MIN_ROWS:  # counts beyond N must not make its classes take part
+        queue_counts = torch.zeros_like(queue_counts)
     return contrast_with_mean(
         features,
         labels,

@@ -116,3 +116,13 @@ def test_without_room(class_mean: Kernels):
     memory = Memory(torch.zeros(2, 0, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 0), torch.ones(2, 8))
     mean, _ = run_memory(class_mean, PLAIN, memory)
     assert not mean.any()
+
+
+@pytest.mark.parametrize("dim", [24, 2048])
+def test_a_norm_beyond_float32_shows_in_its_class_alone(class_mean: Kernels, dim: int):
+    memory = make_memory(dim, 3, 40, torch.float32)
+    memory.queue[1, 0] = 1e19
+    mean, grad = run_memory(class_mean, PLAIN, memory)
+    assert grad is not None
+    assert mean.isnan().all(1).tolist() == [False, True, False]
+    assert grad[1, : memory.counts[1]].isnan().all() and not grad[[0, 2]].isnan().any()

@@ -155,3 +155,10 @@ def test_workspace_of_a_large_memory(kernels: KernelsOf, dtype: torch.dtype) -> 
     results = Result(torch.zeros(()), torch.zeros(1023), index, torch.zeros_like(case.features))
     needed = call(kernels("infonce"), PLAIN, case, results)
     assert 12 << 20 < needed <= 16 << 20
+
+
+@pytest.mark.parametrize("each_other", [False, True])
+def test_a_pixel_that_one_lane_meets_twice(kernels: KernelsOf, each_other: bool) -> None:
+    case = make_case(5, FLOAT, classes=3, anchors=80, capacities=() if each_other else (9,))
+    case.index[35], case.labels[35] = case.index[3], case.labels[3]  # lanes look at every 32nd anchor
+    check(case, run(kernels("infonce"), PLAIN, case))

@@ -100,11 +100,12 @@ def test_the_order_of_threads_changes_no_bit(positive: Kernels, maps: tuple[int,
 
 
 @pytest.mark.parametrize("maps", [None, (1, 75)])
-def test_a_feature_that_is_no_number_shows_in_the_loss_of_its_class_alone(positive: Kernels, maps):
+@pytest.mark.parametrize("value", [torch.nan, 1e19])  # whose square times 16 is beyond float32
+def test_a_feature_that_is_no_number_shows_in_the_loss_of_its_class_alone(positive: Kernels, maps, value: float):
     case = make_case(16, 2, torch.float32, maps)
     broken = int(torch.nonzero(case.labels == 0)[0])
     rows = case.rows.clone()
-    rows[broken] = torch.nan
+    rows[broken] = value
     results = run(positive, PLAIN, replace(case, features=as_maps(rows, maps)))
     assert results["loss"].isnan() and results["class_loss"].isnan().tolist() == [True, False]
     assert results["features"].isnan().any(1).nonzero().tolist() == [[broken]]

@@ -26,3 +26,10 @@ def test_nan_stays_in_its_row(kernels, way) -> None:
     given[1, 2], given[2, 0] = torch.nan, torch.inf
     kernels("unit_rows").run(way, "run_unit_rows", 0, 4, 8, given, result)
     assert result[1].isnan().all() and result[2].isnan().any() and result[[0, 3]].isfinite().all()
+
+
+def test_a_norm_beyond_float32_is_nan(kernels, way) -> None:
+    given, result = torch.ones(3, 8), torch.zeros(3, 8)
+    given[1], given[2, 0] = 1e19, 1e-20  # 8e38, beyond float32, and a square of zero
+    kernels("unit_rows").run(way, "run_unit_rows", 0, 3, 8, given, result)
+    assert result[1].isnan().all() and result[[0, 2]].isfinite().all()

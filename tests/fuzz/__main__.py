@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
         "--first", type=int, default=int(time.time()) * 1000, help="first seed; by default of the clock"
     )
     parser.add_argument("--function", help="only this function")
-    parser.add_argument("--record", type=Path, help="write machine, versions and counts to this file")
+    parser.add_argument("--record", type=Path, help="add machine, versions and counts to those of this file")
     parser.add_argument("--seed", type=int, help="run this one case")
     parser.add_argument("--size", type=int, help="bound of the shapes of that case, 0 to 3")
     parser.add_argument("--worker", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
@@ -75,6 +75,9 @@ class Fuzz:
     def __init__(self, options: argparse.Namespace) -> None:
         from tqdm import tqdm
 
+        from benchmarks.machine import describe
+
+        self.machine = describe("cpu")  # and commit, of the start
         self.options, self.lock = options, threading.Lock()
         self.cases: Counter[str] = Counter()
         self.capabilities: Counter[str] = Counter()
@@ -150,18 +153,33 @@ class Fuzz:
         return "\n".join(lines)
 
     def record(self, seconds: float) -> dict[str, Any]:
-        from benchmarks.machine import describe
-
         functions: dict[str, dict[str, int]] = {}
         for key, count in sorted(self.cases.items()):
             function, dtype = key.split("|")
             functions.setdefault(function, {})[dtype] = count
-        machine = describe("cpu") | {"cpu_capability": sorted(self.capabilities)}  # type: ignore[dict-item]
         return {
-            "machine": machine, "first_seed": self.options.first, "seconds": round(seconds),
+            **self.machine, "first_seed": self.options.first, "seconds": round(seconds),
             "processes": self.options.processes, "cases": sum(self.cases.values()), "functions": functions,
             "capabilities": dict(sorted(self.capabilities.items())), "failures": self.failures,
         }  # fmt: skip
+
+
+def added(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of several runs, which drew from other seeds: their sums, then each run without its table."""
+    functions: dict[str, Counter[str]] = {}
+    capabilities: Counter[str] = Counter()
+    for run in runs:
+        capabilities.update(run["capabilities"])
+        for name, counts in run["functions"].items():
+            functions.setdefault(name, Counter()).update(counts)
+    return {
+        "cases": sum(run["cases"] for run in runs), "failures": sum(len(run["failures"]) for run in runs),
+        "functions": functions, "capabilities": capabilities, "runs": runs,
+    }  # fmt: skip
+
+
+def runs_of(record: Path | None) -> list[dict[str, Any]]:
+    return json.loads(record.read_text())["runs"] if record and record.exists() else []
 
 
 def main() -> int:
@@ -171,6 +189,8 @@ def main() -> int:
     if options.worker is not None:
         work(options)
         return 0
+    if any(run["first_seed"] == options.first for run in runs_of(options.record)):
+        sys.exit(f"--first {options.first} is in {options.record} already; another first seed draws other cases")
     fuzz, start = Fuzz(options), time.monotonic()
     fuzz.run()
     print(fuzz.table())
@@ -183,7 +203,9 @@ def main() -> int:
         print(f"\nand {len(fuzz.failures) - SHOWN} more failures")
     if options.record:
         options.record.parent.mkdir(parents=True, exist_ok=True)
-        options.record.write_text(json.dumps(fuzz.record(time.monotonic() - start), indent=1) + "\n")
+        runs = [*runs_of(options.record), fuzz.record(time.monotonic() - start)]
+        options.record.write_text(json.dumps(added(runs), indent=1) + "\n")
+        print(f"{options.record}: {sum(run['cases'] for run in runs):,} cases of {len(runs)} runs")
     return bool(fuzz.failures) or not fuzz.cases
 
 

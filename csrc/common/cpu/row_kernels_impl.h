@@ -128,7 +128,7 @@ PIXCONTRAST_TARGET void add_unit_rows(const A* x, const A* share, int64_t rows, 
       A square = 0, same;
       if (r < count) square_and_dot(row[r], row[r], dim, &square, &same);
       const A norm = std::sqrt(square);
-      factor[r] = norm < floor ? A(0) : share[r] / norm;
+      factor[r] = norm < floor ? A(0) : share[r] / norm + 0 * square;  // NaN where the square is infinite
     }
     int64_t d = 0;
     for (; d + V::lanes <= dim; d += V::lanes) {

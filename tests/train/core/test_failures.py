@@ -312,6 +312,22 @@ def test_killed_loader_process_is_one_line(tiny: FitConfig, processes: BaseConte
     fit(tiny)
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), FileNotFoundError(2, "gone")]
+)
+def test_loader_process_killed_while_it_sends_a_batch_is_one_line(
+    tiny: FitConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("train.loop.training_step", broken)
+    with pytest.raises(type(error)):
+        fit(tiny)  # without loader processes, it is something else
+    config = replace(tiny, data=replace(tiny.data, workers=1))
+    assert "a loader process ended" in error_of(lambda: fit(config))
+
+
 # ---- output that nobody reads
 
 
