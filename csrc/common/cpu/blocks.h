@@ -27,8 +27,8 @@ inline std::vector<Block> blocks_of(const Segments& segments, int64_t most) {
   return blocks;
 }
 
-// body(number, block) for all blocks; each thread has about as many rows.
-template <class Body>
+// body(number, block) for all blocks, anything with ascending `begin` and `end`; each thread has about as many rows.
+template <class Block, class Body>
 void for_blocks(const std::vector<Block>& blocks, const Body& body) {
   if (blocks.empty()) return;
   at::parallel_for(0, blocks.back().end, 1, [&](int64_t first, int64_t last) {
