@@ -26,8 +26,8 @@ struct RowKernels {
   // score[i] = sigma(logit[i]) / exp(shift[i]), without shift (null): sigma(logit[i]). With min(largest logit of the
   // class, 0) as shift, the largest score of a class never underflows.
   void (*score)(const A* logit, const A* shift, int64_t count, A* score);
-  // sum [D] += (x - centre)^2
-  void (*add_squares)(const A* x, const A* centre, int64_t dim, A* sum);
+  // sum [D] += x - pivot, squares [D] += (x - pivot)^2
+  void (*add_deviations)(const A* x, const A* pivot, int64_t dim, A* sum, A* squares);
   // out [D] = leaky(y)
   void (*leaky)(const A* x, const Norm<A>& norm, int64_t dim, A* out);
   // <weight [D], leaky(y)>
