@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "common/cpu/kept_memory.h"
-#include "common/segments.h"
+#include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <c10/cuda/CUDAException.h>

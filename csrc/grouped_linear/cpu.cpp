@@ -6,8 +6,8 @@
 #include <memory>
 
 #include "common/cpu/bf16.h"
-#include "common/cpu/blocks.h"
-#include "common/cpu/pair_kernels.h"
+#include "common/cpu/kernels.h"
+#include "common/cpu/parallel.h"
 #include "common/cpu/rows.h"
 #include "grouped_linear/grouped_linear.h"
 

@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "common/segments.h"
+#include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <cuda_runtime_api.h>

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/cpu/bf16.h"
-#include "common/cpu/pair_kernels.h"
+#include "common/cpu/kernels.h"
 #include "common/cpu/rows.h"
 #include "infonce/infonce.h"
 

@@ -2,8 +2,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include "common/cpu/blocks.h"
-#include "common/cpu/row_kernels.h"
+#include "common/cpu/kernels.h"
+#include "common/cpu/parallel.h"
 #include "common/cpu/rows.h"
 #include "norm_linear/norm_linear.h"
 

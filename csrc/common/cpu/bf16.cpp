@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "common/cpu/row_kernels.h"
+#include "common/cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "common/cpu/product.h"
+#include "common/cpu/kernels.h"
 
 namespace pixcontrast::cpu {
 

@@ -3,8 +3,7 @@
 #include <cstring>
 #include <utility>
 
-#include "common/cpu/pair_kernels.h"
-#include "common/cpu/row_kernels.h"
+#include "common/cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
