@@ -1,9 +1,9 @@
+#include "common/cpu/kernels.h"
+
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
-
-#include "common/cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
