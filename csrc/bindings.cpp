@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/cpu/kept_memory.h"
-#include "common/cpu/row_kernels.h"
+#include "common/cpu/kernels.h"
 
 namespace py = pybind11;
 

@@ -58,3 +58,29 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.pixcontrast.grouped_linear.default, (rows, None, count, weight))
     left = torch.randn(20, 24, dtype=dtype)
     torch.library.opcheck(torch.ops.pixcontrast.grouped_outer.default, (left, rows, None, count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "outputs"), [(48, 144), (144, 48), (34, 130)])
+def test_many_rows_give_the_same_bits_with_any_number_of_threads(dtype: torch.dtype, dim: int, outputs: int) -> None:
+    """Several blocks and slices, an odd count, a segment without rows; widths of whole vectors and others."""
+    start, count = torch.tensor([2, 703, 703, 704]), torch.tensor([701, 0, 1, 385])
+    rows, weight = torch.randn(1100, dim).to(dtype), torch.randn(4, outputs, dim).to(dtype)
+    left = torch.randn(1100, outputs).to(dtype)
+    ops, before, results = torch.ops.pixcontrast, torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            product = ops.grouped_linear(rows, start, count, weight)
+            valid = torch.cat([product[s : s + n] for s, n in zip(start.tolist(), count.tolist(), strict=True)])
+            results.append((valid, ops.grouped_outer(left, rows, start, count)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    parts = [slice(s, s + n) for s, n in zip(start.tolist(), count.tolist(), strict=True)]
+    exact_product = torch.cat([rows[p].double() @ w.double().T for p, w in zip(parts, weight, strict=True)])
+    exact_outer = torch.stack([left[p].double().T @ rows[p].double() for p in parts])
+    eps = torch.finfo(dtype).eps
+    for mine, theirs in zip(results[0], (exact_product, exact_outer), strict=True):
+        noise = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps * 32 * theirs.abs().max()
+        torch.testing.assert_close(mine.double(), theirs, rtol=eps, atol=float(noise))

@@ -46,7 +46,9 @@ def check(case: Case, backend: str) -> None:
             continue
         noise = (plain[name].double() - exact).abs().max() + torch.finfo(torch.float32).eps * scale
         unit = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-        assert error <= 8 * noise + 8 * unit * scale, f"{name}: {error:.2e} > {8 * noise + 8 * unit * scale:.2e}"
+        # gradients that cancel are below what float16 represents as normal numbers: half a step of the subnormal ones
+        limit = 8 * noise + 8 * unit * scale + unit * torch.finfo(dtype).smallest_normal
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
 
 
 @pytest.mark.parametrize("backend", ["extension", "reference"])

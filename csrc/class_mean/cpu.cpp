@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "class_mean/class_mean.h"
+#include "common/cpu/kernels.h"
 #include "common/cpu/parallel.h"
-#include "common/cpu/row_kernels.h"
 #include "common/cpu/rows.h"
 
 namespace pixcontrast {

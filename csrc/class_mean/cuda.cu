@@ -8,7 +8,7 @@
 
 #include "class_mean/class_mean.h"
 #include "common/cuda/class_weights.cuh"
-#include "common/cuda/launch.h"
+#include "common/cuda/device.cuh"
 #include "common/cuda/rows.cuh"
 
 namespace pixcontrast {

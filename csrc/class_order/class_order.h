@@ -1,4 +1,4 @@
-// Positions by class, and label maps at another size: what turns a label map into the Segments of common/segments.h.
+// Positions by class, and label maps at another size: what turns a label map into the Segments of common/layout.h.
 //
 //   labels_at    result[b, y, x] = label if 0 <= label < C and label != ignore_index, else -1
 //                with label = labels[b, floor(y H / h), floor(x W / w)]

@@ -12,7 +12,7 @@
 #include <algorithm>
 
 #include "class_order/class_order.h"
-#include "common/cuda/launch.h"
+#include "common/cuda/device.cuh"
 #include "common/cuda/warp.cuh"
 #include "common/layout.h"
 

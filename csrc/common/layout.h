@@ -1,4 +1,4 @@
-// How features lie in memory, and the dtype of sums. No torch header.
+// How features lie in memory, the rows of each class, and the dtype of sums. No torch header.
 #pragma once
 
 #include <cmath>
@@ -48,6 +48,19 @@ struct FeatureLayout {
     if (map_pixels == 0) return pixel * dim;
     return pixel / map_pixels * map_pixels * dim + pixel % map_pixels;
   }
+};
+
+// Rows [P, .] of which begin(c) to end(c) - 1 are of class c. Segments ascend and do not overlap; rows outside of all
+// segments are not valid. class_order makes start and count of a label map. Without start, segments lie P / C rows
+// apart: one segment of all valid rows, or the filled rows of a memory [C, N, D].
+struct Segments {
+  int64_t rows;          // P
+  int64_t classes;       // C
+  const int64_t* start;  // [C] or null
+  const int64_t* count;  // [C]
+
+  PIXCONTRAST_HOST_DEVICE int64_t begin(int64_t c) const { return start ? start[c] : c * (rows / classes); }
+  PIXCONTRAST_HOST_DEVICE int64_t end(int64_t c) const { return begin(c) + count[c]; }
 };
 
 }  // namespace pixcontrast

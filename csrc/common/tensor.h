@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "common/cpu/kept_memory.h"
-#include "common/segments.h"
+#include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -214,9 +214,10 @@ struct Cuda {
            at::Float32Precision::TF32;
   }
 
-  // Whether matrix products of this dtype go to tensor cores.
-  bool tensor_cores(at::ScalarType type) const {
-    return attribute(cudaDevAttrComputeCapabilityMajor) >= 8 && (type != at::kFloat || allow_tf32());
+  // Whether matrix products of T go to tensor cores.
+  template <class T>
+  bool tensor_cores() const {
+    return attribute(cudaDevAttrComputeCapabilityMajor) >= 8 && (!std::is_same_v<T, float> || allow_tf32());
   }
 };
 

@@ -4,8 +4,8 @@
 // H100, 1024 pixels of [2, 720, 128, 256] float32: 736 blocks. Every element is in a sector of 32 bytes of its own, 24
 // MB to read and 3 MB to write: 10 us. Backward clears 189 MB (60 us) and writes the same sectors; before it, PyTorch
 // sorts 1024 indices.
+#include "common/cuda/device.cuh"
 #include "common/cuda/elements.cuh"
-#include "common/cuda/launch.h"
 #include "gather_pixels/gather_pixels.h"
 
 namespace pixcontrast {

@@ -1,6 +1,6 @@
 // H100, 21125 rows x 256 to 256, 19 classes: 2.8 GFLOP, 184 x 2 blocks; in float32 50 us of FMA units. For the gradient
 // of the weight, 30 pieces of at most 2048 rows x 4 tiles, whose 8 MB of sums take 5 us.
-#include "common/cuda/launch.h"
+#include "common/cuda/device.cuh"
 #include "common/cuda/operands.cuh"
 #include "common/cuda/segments.cuh"
 #include "grouped_linear/grouped_linear.h"

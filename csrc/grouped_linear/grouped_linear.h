@@ -5,10 +5,11 @@
 
 #include <cstddef>
 
-#include "common/segments.h"
+#include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <cuda_runtime_api.h>
+#endif
 
 namespace pixcontrast {
 
@@ -32,6 +33,12 @@ struct GroupedOuter {
   T* result;             // [C, E, D]
 };
 
+template <class T>
+void grouped_linear_cpu(const GroupedLinear<T>& args);
+template <class T>
+void grouped_outer_cpu(const GroupedOuter<T>& args);
+
+#ifdef PIXCONTRAST_WITH_CUDA
 // For float, __nv_bfloat16 and __half. With tensor_cores, float is rounded to tf32; they need compute capability 8.0.
 template <class T>
 cudaError_t grouped_linear_cuda(const GroupedLinear<T>& args, bool tensor_cores, cudaStream_t stream);
@@ -39,6 +46,6 @@ template <class T>
 size_t grouped_outer_cuda_workspace(const GroupedOuter<T>& args);
 template <class T>
 cudaError_t grouped_outer_cuda(const GroupedOuter<T>& args, bool tensor_cores, void* workspace, cudaStream_t stream);
+#endif
 
 }  // namespace pixcontrast
-#endif

@@ -4,43 +4,25 @@
 namespace pixcontrast {
 namespace {
 
-// On CPUs one product of the library a segment.
-
 template <class T>
-void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result, const Cpu&) {
-  for (int64_t c = 0; c < segments.classes; ++c) {
-    const int64_t first = segments.begin(c), count = segments.count[c];
-    if (count > 0) gemm<Cpu>(rows.narrow(0, first, count), weight[c].t(), {}, result.narrow(0, first, count));
-  }
+void run(const GroupedLinear<T>& args, const Cpu&) {
+  grouped_linear_cpu(args);
 }
-
 template <class T>
-void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result, const Cpu&) {
-  for (int64_t c = 0; c < segments.classes; ++c) {
-    const int64_t first = segments.begin(c), count = segments.count[c];
-    if (count == 0) {
-      result[c].zero_();
-    } else {
-      gemm<Cpu>(left.narrow(0, first, count).t(), right.narrow(0, first, count), {}, result[c]);
-    }
-  }
+void run(const GroupedOuter<T>& args, const Cpu&) {
+  grouped_outer_cpu(args);
 }
 
 #ifdef PIXCONTRAST_WITH_CUDA
 template <class T>
-void linear(const Segments& segments, const Tensor& rows, const Tensor& weight, const Tensor& result,
-            const Cuda& device) {
-  const GroupedLinear<T> args{segments, rows.size(1), weight.size(1), read<T>(rows), read<T>(weight), write<T>(result)};
-  C10_CUDA_CHECK(grouped_linear_cuda(args, device.tensor_cores(rows.scalar_type()), device.stream));
+void run(const GroupedLinear<T>& args, const Cuda& device) {
+  C10_CUDA_CHECK(grouped_linear_cuda(args, device.tensor_cores<T>(), device.stream));
 }
-
 template <class T>
-void outer(const Segments& segments, const Tensor& left, const Tensor& right, const Tensor& result,
-           const Cuda& device) {
-  const GroupedOuter<T> args{segments, left.size(1), right.size(1), read<T>(left), read<T>(right), write<T>(result)};
+void run(const GroupedOuter<T>& args, const Cuda& device) {
   const Tensor workspace = device.workspace(grouped_outer_cuda_workspace(args));
-  const bool tensor_cores = device.tensor_cores(left.scalar_type());
-  C10_CUDA_CHECK(grouped_outer_cuda(args, tensor_cores, workspace.mutable_data_ptr(), device.stream));
+  void* const sums = workspace.mutable_data_ptr();
+  C10_CUDA_CHECK(grouped_outer_cuda(args, device.tensor_cores<T>(), sums, device.stream));
 }
 #endif
 
@@ -58,7 +40,10 @@ Tensor grouped_linear(const Tensor& rows_, const optional<Tensor>& start, const 
       checked(weight_, "weight", {count.numel(), weight_.size(1), rows.size(1)}, rows.scalar_type(), rows.device());
   const auto result = empty_map({rows.size(0), weight.size(1)}, rows.options());
   Device::dispatch(rows, "grouped_linear", [&](auto element, const auto& device) {
-    linear<decltype(element)>(segments.get(), rows, weight, result, device);
+    using T = decltype(element);
+    run(GroupedLinear<T>{segments.get(), rows.size(1), weight.size(1), read<T>(rows), read<T>(weight),
+                         write<T>(result)},
+        device);
   });
   return result;
 }
@@ -72,7 +57,9 @@ Tensor grouped_outer(const Tensor& left_, const Tensor& right_, const optional<T
   const auto right = checked(right_, "right", {left.size(0), right_.size(1)}, left.scalar_type(), left.device());
   const auto result = at::empty({count.numel(), left.size(1), right.size(1)}, left.options());
   Device::dispatch(left, "grouped_outer", [&](auto element, const auto& device) {
-    outer<decltype(element)>(segments.get(), left, right, result, device);
+    using T = decltype(element);
+    run(GroupedOuter<T>{segments.get(), left.size(1), right.size(1), read<T>(left), read<T>(right), write<T>(result)},
+        device);
   });
   return result;
 }

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/cpu/bf16.h"
-#include "common/cpu/pair_kernels.h"
+#include "common/cpu/kernels.h"
 #include "common/cpu/rows.h"
 #include "infonce/infonce.h"
 
@@ -110,7 +110,7 @@ class KeyTile {
     if (bf16_) {
       if (width_ != dim_) keys_ = padded_copy(static_cast<const c10::BFloat16*>(rows), bf16_copy_);
       pairs_.resize((capacity_ + 1) / 2 * width_);
-      cpu::pair_rows(static_cast<const c10::BFloat16*>(keys_), size, width_, pairs_.data());
+      cpu::pair_rows(static_cast<const c10::BFloat16*>(keys_), width_, size, width_, pairs_.data());
     } else if (width_ != dim_ || dtype != (std::is_same_v<A, float> ? Dtype::kFloat : Dtype::kDouble)) {
       with_dtype(dtype, [&](auto e) { keys_ = padded_copy(static_cast<const decltype(e)*>(rows), copy_); });
     }

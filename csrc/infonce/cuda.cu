@@ -7,7 +7,7 @@
 // A pass has as many splits of the keys as fill the device once and leave the workspace below kWorkspaceBytes.
 #include <algorithm>
 
-#include "common/cuda/launch.h"
+#include "common/cuda/device.cuh"
 #include "infonce/anchors.cuh"
 #include "infonce/forward_mma.cuh"
 

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "common/cpu/row_kernels.h"
+#include "common/cpu/kernels.h"
 #include "infonce/cpu.h"
 
 namespace pixcontrast {

@@ -4,8 +4,8 @@
 // narrows the bits of the k-th key down by histograms of the next kDigit bits, from the first bit in which keys differ
 // on: two or three histograms for most scores, seven at most. All counting is in integers, so results do not depend on
 // the order of threads.
+#include "common/cuda/device.cuh"
 #include "common/cuda/elements.cuh"
-#include "common/cuda/launch.h"
 #include "common/cuda/warp.cuh"
 #include "memory_push/memory_push.h"
 

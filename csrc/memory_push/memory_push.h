@@ -11,7 +11,7 @@
 // No torch header: raw pointers and sizes.
 #pragma once
 
-#include "common/segments.h"
+#include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <cuda_runtime_api.h>

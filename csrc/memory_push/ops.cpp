@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common/cpu/row_kernels.h"
+#include "common/cpu/kernels.h"
 #include "common/tensor.h"
 #include "memory_push/memory_push.h"
 

@@ -3,7 +3,7 @@
 //
 // H100, 21125 rows x 256, float32: a matrix is 22 MB, 7 us. Statistics read one, forward reads one and writes one (for
 // one output a segment, nothing), backward reads two twice (one output: one twice) and writes one.
-#include "common/cuda/launch.h"
+#include "common/cuda/device.cuh"
 #include "common/cuda/rows.cuh"
 #include "common/cuda/segments.cuh"
 #include "norm_linear/norm_linear.h"

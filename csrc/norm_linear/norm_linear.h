@@ -20,7 +20,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "common/segments.h"
+#include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA
 #include <cuda_runtime_api.h>

@@ -12,8 +12,8 @@
 #include <memory>
 #include <vector>
 
+#include "common/cpu/kernels.h"
 #include "common/cpu/parallel.h"
-#include "common/cpu/row_kernels.h"
 #include "common/cpu/rows.h"
 #include "positive/positive.h"
 

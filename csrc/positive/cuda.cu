@@ -6,7 +6,7 @@
 // The formulas are those of positive_cpu.cpp.
 #include <algorithm>
 
-#include "common/cuda/launch.h"
+#include "common/cuda/device.cuh"
 #include "positive/maps.cuh"
 #include "positive/positive.h"
 #include "positive/rows.cuh"

@@ -1,7 +1,7 @@
 #include <algorithm>
 
+#include "common/cuda/device.cuh"
 #include "common/cuda/elements.cuh"
-#include "common/cuda/launch.h"
 #include "scale/scale.h"
 
 namespace pixcontrast {

@@ -1,7 +1,7 @@
 #include <cmath>
 
+#include "common/cpu/kernels.h"
 #include "common/cpu/parallel.h"
-#include "common/cpu/row_kernels.h"
 #include "common/cpu/rows.h"
 #include "common/tensor.h"
 #include "unit_rows/unit_rows.h"

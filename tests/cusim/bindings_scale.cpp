@@ -1,7 +1,7 @@
 // The kernel scale_ for the tests: `dtype` is 0 for float, 1 for bfloat16, 2 for half. Two tensors, `skipped` elements
 // into their memory.
 #include "bindings.h"
-#include "common/cuda/launch.h"
+#include "common/cuda/device.cuh"
 #include "scale/scale.h"
 
 using namespace pixcontrast;

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "common/cpu/row_kernels.h"
+#include "common/cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -85,10 +85,11 @@ PIXCONTRAST_TARGET void widen(const c10::BFloat16* elements, int64_t count, floa
   for (; i < count; ++i) to[i] = elements[i];
 }
 
-PIXCONTRAST_TARGET void pair_rows(const c10::BFloat16* rows, int64_t count, int64_t dim, uint32_t* to) {
-  for (int64_t i = 0; i < count; i += 2, to += dim) {
-    for (int64_t d = 0; d < dim; d += 16) {
-      const auto read = [&](int64_t row) { return reinterpret_cast<const __m256i*>(rows + row * dim + d); };
+PIXCONTRAST_TARGET void pair_rows(const c10::BFloat16* rows, int64_t stride, int64_t count, int64_t columns,
+                                  uint32_t* to) {
+  for (int64_t i = 0; i < count; i += 2, to += columns) {
+    for (int64_t d = 0; d < columns; d += 16) {
+      const auto read = [&](int64_t row) { return reinterpret_cast<const __m256i*>(rows + row * stride + d); };
       const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(read(i)));
       __m512i second = _mm512_setzero_si512();
       if (i + 1 < count) second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(read(i + 1))), 16);
@@ -120,7 +121,7 @@ PIXCONTRAST_TARGET void round_to_pairs(float* rows, int64_t count, int64_t strid
 void bf16_product(const Product<uint32_t, float>&) {}
 void round(const float*, int64_t, c10::BFloat16*) {}
 void widen(const c10::BFloat16*, int64_t, float*) {}
-void pair_rows(const c10::BFloat16*, int64_t, int64_t, uint32_t*) {}
+void pair_rows(const c10::BFloat16*, int64_t, int64_t, int64_t, uint32_t*) {}
 void round_to_pairs(float*, int64_t, int64_t, int64_t, float*) {}
 #endif
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "common/cpu/product.h"
+#include "common/cpu/kernels.h"
 
 namespace pixcontrast::cpu {
 
@@ -21,9 +21,9 @@ void bf16_product(const Product<uint32_t, float>& args);
 void round(const float* elements, int64_t count, c10::BFloat16* to);
 void widen(const c10::BFloat16* elements, int64_t count, float* to);
 
-// to [ceil(count / 2), dim] = pairs of rows [count, dim] that follow each other; dim is a multiple of kColumnStep. The
-// last one of an odd count has zeros beside it.
-void pair_rows(const c10::BFloat16* rows, int64_t count, int64_t dim, uint32_t* to);
+// to [ceil(count / 2), columns] = pairs of rows [count, columns] that follow each other, `stride` from row to row;
+// columns are a multiple of kColumnStep. The last row of an odd count has zeros beside it.
+void pair_rows(const c10::BFloat16* rows, int64_t stride, int64_t count, int64_t columns, uint32_t* to);
 
 // The same for rows [count, columns] of float32, which are rounded, in their own place: pairs lie `stride` from each
 // other, too. sum [columns], unless it is null, += the rounded elements.

@@ -1,10 +1,9 @@
+#include "common/cpu/kernels.h"
+
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
-
-#include "common/cpu/pair_kernels.h"
-#include "common/cpu/row_kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

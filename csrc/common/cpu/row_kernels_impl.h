@@ -195,8 +195,13 @@ PIXCONTRAST_TARGET A sum(const A* x, int64_t count) {
 }
 
 template <class A>
-PIXCONTRAST_TARGET void add_squares(const A* x, const A* centre, int64_t dim, A* __restrict sum) {
-  for (int64_t d = 0; d < dim; ++d) sum[d] += (x[d] - centre[d]) * (x[d] - centre[d]);
+PIXCONTRAST_TARGET void add_deviations(const A* x, const A* pivot, int64_t dim, A* __restrict sum,
+                                       A* __restrict squares) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const A deviation = x[d] - pivot[d];
+    sum[d] += deviation;
+    squares[d] += deviation * deviation;
+  }
 }
 
 template <class A>
@@ -265,4 +270,4 @@ PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, const A*
 
 template <class A>
 const RowKernels<A> row_table = {square_and_dot<A>, combine<A>, accumulate<A>, add_unit_rows<A>, score<A>,
-                                 add_squares<A>,    leaky<A>,   leaky_dot<A>,  leaky_sums<A>,    leaky_backward<A>};
+                                 add_deviations<A>, leaky<A>,   leaky_dot<A>,  leaky_sums<A>,    leaky_backward<A>};

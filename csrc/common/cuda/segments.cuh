@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/cuda/device.cuh"
-#include "common/segments.h"
+#include "common/layout.h"
 
 namespace pixcontrast::cuda {
 
