@@ -142,8 +142,7 @@ __global__ void __launch_bounds__(kThreads) project_rows(const ClassMean<T> args
     const float inverse = inverse_norm(warp_sum(square));
     product = warp_sum(product);
     if (lane == 0) {
-      args.grad_weight_logits[c * args.capacity + first_row + r] =
-          inverse == 0 ? 0.0f : product * inverse;
+      args.grad_weight_logits[c * args.capacity + first_row + r] = inverse == 0 ? 0.0f : product * inverse;
     }
   }
 }

@@ -40,7 +40,7 @@ double run(const Inputs& in, int64_t map_pixels, std::vector<float>& grad) {
   std::vector<int64_t> counts(kClasses);
   int64_t unknown = 0;
   float loss = 0;
-  ClassMean<float> memory{kClasses,    kCapacity, kDim,    in.queue.data(), in.counts.data(), in.queue_logits.data(),
+  ClassMean<float> memory{kClasses,    kCapacity, kDim,   in.queue.data(), in.counts.data(), in.queue_logits.data(),
                           mean.data(), nullptr,   nullptr};
   class_mean_cpu(memory);
   positive_cpu(Positive<float>{layout, kClasses, 255, 1.0, in.features.data(), in.labels.data(), in.logits.data(),
