@@ -47,7 +47,12 @@ BEYOND = {
         "kTile": CUSIM.format("gather_pixels") + "test_widths",
         "kWarps": LAYOUT,
     },
-    "grouped_linear": {"kPieceRows": CUSIM.format("grouped_linear") + "test_outer"},
+    "grouped_linear": {
+        "kBlockRows kSliceOutputs kDepth": "tests/test_grouped_linear.py::"
+        + "test_many_rows_give_the_same_bits_with_any_number_of_threads",
+        "kPieceRows": CUSIM.format("grouped_linear") + "test_outer",
+        "kPairs kPrefetch": MEANING,
+    },
     "infonce": {
         "kMaxKeys kPanelAnchors kBlockAnchors": "tests/test_infonce.py::test_many_tiles_agree_with_the_reference",
         "kMaxSplits": "tests/test_infonce.py::test_many_tiles_agree_with_the_reference",

@@ -118,7 +118,7 @@ void implement(torch::Library& library) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
-  library.def("labels_at(Tensor labels, int height, int width, int num_classes, int ignore_index) -> Tensor");
+  library.def("labels_at(Tensor labels, SymInt height, SymInt width, int num_classes, int ignore_index) -> Tensor");
   library.def(
       "class_order(Tensor labels, int num_classes) -> (Tensor order, Tensor sorted_labels, Tensor start, Tensor count, "
       "Tensor total)");

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 
 from train.studies import seeds as module
-from train.studies.seeds import COMMITTED, difference, paired, read_seeds, seeds_tables, t_quantile
-
-
-@pytest.mark.parametrize(
-    ("share", "freedom", "value"),
-    # printed tables of Student's t
-    [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.975, 7, 2.365), (0.8, 4, 0.941), (0.8, 1, 1.376), (0.975, 120, 1.980)],
-)
-def test_quantiles_of_t(share: float, freedom: int, value: float):
-    assert t_quantile(share, freedom) == pytest.approx(value, abs=6e-4)
-
-
-def test_difference_by_hand():
-    """1, 2, 3, 4, 5: mean 3, standard error sqrt(2.5 / 5), t of 4 degrees 2.776 and 0.941."""
-    d = difference([1.0, 2.0, 3.0, 4.0, 5.0])
-    error = math.sqrt(0.5)
-    assert d.mean == 3 and d.half == pytest.approx(2.776 * error, abs=1e-3)
-    assert d.detectable == pytest.approx((2.776 + 0.941) * error, abs=1e-3)
-    assert d.real and not difference([-1.0, 2.0, 0.5]).real
+from train.studies.seeds import COMMITTED, differences_of, read_seeds, seeds_tables
 
 
 def test_differences_are_taken_seed_by_seed():
     runs = {0: {"supervised": 40.0, "pseudo": 42.0}, 1: {"supervised": 60.0, "pseudo": 61.0}, 2: {"supervised": 10.0}}
-    d = paired(runs)["pseudo", "supervised"]
+    d = differences_of(runs)["pseudo", "supervised"]
     assert d.mean == 1.5 and d.half == pytest.approx(12.706 * 0.5, abs=1e-2)
 
 
