@@ -156,7 +156,8 @@ void implement(torch::Library& library) {
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
   library.def(
-      "segment_topk(Tensor? scores, Tensor? order, Tensor start, Tensor count, SymInt k, Tensor(a!)? rejected) -> Tensor");
+      "segment_topk(Tensor? scores, Tensor? order, Tensor start, Tensor count, SymInt k, Tensor(a!)? rejected) -> "
+      "Tensor");
   library.def(
       "memory_write(Tensor(a!) rows, Tensor(b!) counts, Tensor(c!) cursors, Tensor(d!) rejected, Tensor source, "
       "Tensor index) -> ()");

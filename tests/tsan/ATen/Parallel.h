@@ -1,4 +1,5 @@
-// at::parallel_for on std::thread, which ThreadSanitizer can follow: that of PyTorch uses an OpenMP it knows nothing of.
+// at::parallel_for on std::thread, which ThreadSanitizer can follow: that of PyTorch uses an OpenMP it knows nothing
+// of.
 #pragma once
 
 #include <algorithm>
