@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from train.errors import UserError, reason
 
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel; others would be clipped
 MASK_MODES = ("1", "L", "P")
+FOLDER_MASK_MODES = (*MASK_MODES, "I;16", "RGB")
 
 FOREIGN = -1
 """Entry of a look-up table for a value that the data set never writes."""
@@ -26,16 +27,35 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def read_mask(path: Path, num_classes: int) -> Tensor:
-    """Read a mask of class ids (grey values or palette indices; 255 is ignored), uint8 ``[H, W]``."""
-    mask = _read_values(path)
-    outside = [value for value in np.unique(mask).tolist() if num_classes <= value != IGNORE_INDEX]
+def read_mask(path: Path, num_classes: int, palette: Palette = ()) -> Tensor:
+    """Read a mask, uint8 ``[H, W]``: class ids (grey or palette indices; 255 is ignored) or RGB colours.
+
+    Args:
+        path: its file.
+        num_classes: how many class ids there are.
+        palette: colour of each class, for RGB masks.
+
+    Raises:
+        UserError: unreadable file, another pixel format, a value or colour that is no class.
+    """
+    picture = _decode(path, "mask", FOLDER_MASK_MODES, "class ids in one channel, or the colours of classes.txt")
+    pixels = np.array(picture)
+    if picture.mode == "RGB":
+        ids = _ids_of_colours(pixels, palette)
+        unknown = sorted({tuple(colour) for colour in pixels[ids == IGNORE_INDEX].tolist()})
+        if unknown:
+            raise UserError(
+                f"mask {path} has colours that classes.txt does not list: {_some(unknown)}; add 'name r g b' lines, or "
+                "convert the mask to class ids with 255 for what is ignored"
+            )
+        return torch.from_numpy(ids)
+    outside = [value for value in np.unique(pixels).tolist() if num_classes <= value != IGNORE_INDEX]
     if outside:
         raise UserError(
             f"mask {path} has values outside the classes: {_some(outside)}; allowed are 0 to {num_classes - 1} "
             f"({num_classes} classes in classes.txt) and {IGNORE_INDEX} (ignore): correct the mask or classes.txt"
         )
-    return torch.from_numpy(mask)
+    return torch.from_numpy(pixels.astype(np.uint8))
 
 
 def id_table(ids: Mapping[int, int]) -> np.ndarray:
@@ -99,7 +119,7 @@ def _read_values(path: Path) -> np.ndarray:
     return np.array(_decode(path, "mask", MASK_MODES, "8-bit ids, one channel (grey or palette PNG)")).astype(np.uint8)
 
 
-def _some(values: list[int]) -> str:
+def _some(values: Sequence[object]) -> str:
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 

@@ -19,7 +19,8 @@ def open_folder(root: Path, split: str, name: str = "folder", cache_bytes: int =
 
         root/classes.txt             one class a line, ``name`` or ``name r g b``; line number (from 0) = class id
         root/images/<id>.jpg         or .jpeg, .png
-        root/masks/<id>.png          8-bit class ids, grey or palette; 255 = ignored; same size as the image
+        root/masks/<id>.png          class ids, grey or palette, 255 = ignored; or RGB, the colours of classes.txt; same
+                                     size as the image
         root/train.txt, root/val.txt the ids of each split, one a line
 
     Args:
@@ -55,5 +56,5 @@ def open_folder(root: Path, split: str, name: str = "folder", cache_bytes: int =
         if len(found) > 1:
             raise UserError(f"images {found[0]} and {found[1]} have the same id '{item}': remove or rename one")
         pairs[item] = found[0], root / "masks" / f"{found[0].stem}.png"
-    read_label = partial(read_mask, num_classes=len(classes))
+    read_label = partial(read_mask, num_classes=len(classes), palette=palette)
     return SegmentationDataset(name, classes, palette, pairs, read_label, listing, cache_bytes=cache_bytes)

@@ -42,21 +42,24 @@ def test_every_problem_is_one_line_with_its_path(small_folder: Path, capsys: pyt
     assert check("folder", small_folder, capsys=capsys) == []
     image, masks = small_folder / "images" / "b.jpg", small_folder / "masks"
     image.write_bytes(image.read_bytes()[:-200])
-    save(masks / "a.png", np.zeros((12, 20), np.uint16))
+    save(masks / "a.png", np.full((12, 20), 300, np.uint16))
     save(masks / "c.png", np.full((12, 20), 3, np.uint8))
     lines = check("folder", small_folder, capsys=capsys)
     assert len(lines) == 3
-    assert f"mask {masks / 'a.png'} has pixel format 'I;16'" in lines[0]
+    assert f"mask {masks / 'a.png'} has values outside the classes: 300;" in lines[0]
     assert f"cannot read image {image} (" in lines[1] and "truncated" in lines[1]
     assert f"mask {masks / 'c.png'} has values outside the classes: 3;" in lines[2]
 
     save(image.with_suffix(".png"), np.zeros((12, 20), np.uint16))
     image.unlink()
     save(masks / "a.png", np.zeros((20, 12), np.uint8))
-    save(masks / "c.png", np.zeros((12, 20, 3), np.uint8))
+    save(masks / "c.png", np.full((12, 20, 3), 7, np.uint8))
     lines = check("folder", small_folder, capsys=capsys)
     assert f"a.png is 20x12 pixels but its label {masks / 'a.png'} is 12x20" in lines[0]
-    assert "b.png has pixel format 'I;16'" in lines[1] and "c.png has pixel format 'RGB'" in lines[2]
+    assert (
+        "b.png has pixel format 'I;16'" in lines[1]
+        and "c.png has colours that classes.txt does not list: (7, 7, 7);" in lines[2]
+    )
 
 
 def test_overlap_of_splits(tiny: FitConfig, small_folder: Path, capsys: pytest.CaptureFixture[str]):

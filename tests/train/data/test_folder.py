@@ -121,12 +121,33 @@ def test_mask_of_another_kind_or_size(folder: Path):
     save_mask(folder / "masks" / "a.png", 1, size=(12, 20))
     message = error_of(lambda: dataset[0])
     assert "20x12" in message and "12x20" in message and "a.png" in message
-    save_mask(folder / "masks" / "a.png", 0, mode="RGB")
-    assert "'RGB'" in error_of(lambda: dataset[0])
-    save_mask(folder / "masks" / "a.png", 0, mode="I;16")
-    assert "masks/a.png has pixel format" in error_of(lambda: dataset[0])
+    save_mask(folder / "masks" / "a.png", 0, mode="RGBA")
+    assert "masks/a.png has pixel format 'RGBA'" in error_of(lambda: dataset[0])
     save_mask(folder / "masks" / "a.png", 1, mode="1")
     assert dataset[0][1].unique().tolist() == [1]
+
+
+def test_masks_of_16_bits(folder: Path):
+    pixels = np.full((12, 20), 2, np.uint16)
+    pixels[0, 0] = 255
+    Image.fromarray(pixels).save(folder / "masks" / "a.png")
+    dataset = open_dataset("folder", "train", folder)
+    assert dataset[0][1].tolist() == pixels.tolist()
+    pixels[3, 4] = 256 + 1  # whose low byte is a class
+    Image.fromarray(pixels).save(folder / "masks" / "a.png")
+    assert "values outside the classes: 257;" in error_of(lambda: open_dataset("folder", "train", folder)[0])
+
+
+def test_masks_of_colours(folder: Path):
+    (folder / "classes.txt").write_text("road 128 64 128\ntraffic light 250 170 30\nsky 70 130 180\n")
+    ids = np.arange(12 * 20).reshape(12, 20) % 3
+    colours = np.array([[128, 64, 128], [250, 170, 30], [70, 130, 180]], np.uint8)[ids]
+    Image.fromarray(colours).save(folder / "masks" / "a.png")
+    assert open_dataset("folder", "train", folder)[0][1].tolist() == ids.tolist()
+    colours[1, 2] = (1, 2, 3)
+    Image.fromarray(colours).save(folder / "masks" / "a.png")
+    message = error_of(lambda: open_dataset("folder", "train", folder)[0])
+    assert "a.png has colours that classes.txt does not list: (1, 2, 3);" in message
 
 
 @pytest.mark.parametrize("file", ["images/a.png", "images/b.jpg", "masks/a.png"])
