@@ -87,7 +87,7 @@ def test_command_lines_of_the_trainer_are_understood(plan: Plan, monkeypatch: py
     for command in runs.values():
         assert main(after(command.argv, "-m", "train")) == 0
         config, overrides = understood.pop()
-        assert len(config.parts) == len(config.seeds) == 1 and config.steps == 600
+        assert len(config.arms) == len(config.seeds) == 1 and config.steps == 600
         assert overrides == ["--device", "cuda", "--crop", "64"]
         assert (config.root / "images").is_dir()
 
@@ -178,11 +178,11 @@ def test_counters_of_kernels_are_read(tmp_path: Path) -> None:
 
 def test_what_has_been_trained_is_not_trained_again(plan: Plan) -> None:
     runs = commands(stage("learn", plan))
-    done = {"part": "contrast", "labelled": "0.25", "seed": "1", "network": "student", "class": "mean", "iou": "50"}
+    done = {"arm": "positive", "labelled": "0.25", "seed": "1", "name": "miou/student", "iou": "50"}
     plan.out.mkdir()
     settings = {"data": "landcover", "steps": 600, "options": ["--crop", "64"]}
     (plan.out / "learn.json").write_text(json.dumps({"settings": settings, "rows": [done]}))
-    assert runs.keys() - commands(stage("learn", plan)).keys() == {"contrast-0.25-seed1"}
+    assert runs.keys() - commands(stage("learn", plan)).keys() == {"positive-0.25-seed1"}
     assert finished(plan.out / "learn.json", {**settings, "steps": 30}) == []
 
 

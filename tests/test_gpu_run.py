@@ -25,7 +25,7 @@ GPU = ROOT / "scripts" / "gpu.py"
 COMMANDS = {
     "right": ["build", "compile", "environment", "instructions", "operators", "graphs", "kernels", "memcheck"],
     "fast": ["build", "bench-small", "bench-steps", "profile"],
-    "learn": ["build", "trainer", "supervised-6-seed0", "contrast-6-seed0"],
+    "learn": ["build", "trainer", "labels-6-seed0", "positive-6-seed0"],
     "sanitize": ["memcheck", "racecheck", "synccheck", "initcheck"],
 }
 
@@ -89,7 +89,7 @@ def test_its_files_are_few_and_whole(rehearsal: tuple[subprocess.CompletedProces
         "small",
         "tiny-step",
     }
-    assert {row["part"] for row in json.loads((out / "learn.json").read_text())["rows"]} == {"supervised", "contrast"}
+    assert {row["arm"] for row in json.loads((out / "learn.json").read_text())["rows"]} == {"labels", "positive"}
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def training_step(
     average_gradients(t.learner)
     t.optimizer.step()
     t.schedule.step()
-    update_teacher(t.teacher, t.learner, ema_decay(i, o.steps, o.ema, o.ema_warmup, o.ema_schedule))
+    update_teacher(t.teacher, t.learner, ema_decay(i, o.steps, o.ema, o.ema_warmup, o.ema_schedule), m.teacher_mode)
     average_statistics(t.learner, t.teacher)
     t.step += 1
     return {name: loss.detach() for name, loss in losses.items()} | {"total": total.detach()}
@@ -148,9 +148,15 @@ def pseudo_labels(teacher: Learner, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def update_teacher(teacher: Learner, learner: Learner, decay: float) -> None:
+def update_teacher(teacher: Learner, learner: Learner, decay: float, mode: str = "train") -> None:
     """``teacher = decay * teacher + (1 - decay) * learner`` for the parameters; buffers stay the teacher's own.
 
+    In mode ``"eval"`` the teacher has no statistics of its own, and takes those of the learner's BatchNorm layers.
     Only the averaging function of ``swa_utils`` is used: its ``AveragedModel`` would change the buffers too.
     """
     get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(learner.parameters()), 0)
+    if mode == "eval":
+        statistics = dict(learner.named_buffers())
+        for name, own in teacher.named_buffers():
+            if "memory" not in name.split("."):  # the rows, not the selectors of the memory
+                own.copy_(statistics[name])

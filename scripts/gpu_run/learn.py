@@ -14,12 +14,12 @@ from .command import PYTHON, Command, Stage, Step
 from .findings import replace_file
 from .plan import Plan
 
-PARTS = ("supervised", "pseudo", "contrast", "released")
+ARMS = ("labels", "pseudo", "positive", "released")
 TOY = ["--encoder", "test_efficientnet", "--no-pretrained", "--labelled-batch", "2", "--unlabelled-batch", "2"]
 TOY += ["--crop", "32"]
 LIMIT, LEAST = 500.0, 30.0  # seconds of one run at most; seconds left without which none is begun
 
-Run = tuple[str, str, str]  # part, labelled, seed
+Run = tuple[str, str, str]  # arm, labelled, seed
 
 
 def learn(plan: Plan) -> Stage:
@@ -51,28 +51,28 @@ def _settings(plan: Plan) -> dict[str, Any]:
 def _runs(plan: Plan) -> list[Run]:
     """Seeds in turn, so that an unfinished ablation has whole seeds."""
     if plan.rehearse:
-        return [("supervised", "6", "0"), ("contrast", "6", "0")]
+        return [("labels", "6", "0"), ("positive", "6", "0")]
     runs = []
     for seed in ("0", "1", "2"):
         for labelled in ("0.0625", "0.25"):
-            runs += [(part, labelled, seed) for part in PARTS]
+            runs += [(arm, labelled, seed) for arm in ARMS]
         runs.append(("all-labels", "1", seed))
     return runs
 
 
 def _command(plan: Plan, settings: dict[str, Any], folder: Path, run: Run) -> Command:
     """A run in a folder of its own, where it goes on if it is found begun."""
-    part, labelled, seed = run
-    name = f"{part}-{labelled}-seed{seed}"
-    argv = [PYTHON, "-m", "train", "ablation", "folder", str(plan.data), "--parts", part, "--seeds", seed]
-    argv += ["--labelled", labelled if part != "all-labels" else "0.25", "--steps", str(settings["steps"])]
+    arm, labelled, seed = run
+    name = f"{arm}-{labelled}-seed{seed}"
+    argv = [PYTHON, "-m", "train", "ablation", "folder", str(plan.data), "--arms", arm, "--seeds", seed]
+    argv += ["--labelled", labelled if arm != "all-labels" else "0.25", "--steps", str(settings["steps"])]
     argv += ["--out", str(folder / name), "--device", plan.device, *settings["options"]]
     threads = "1" if plan.rehearse else "2"  # of each of the runs beside each other
     return Command(name, argv, LIMIT, {"OMP_NUM_THREADS": threads}, least=LEAST)
 
 
 def _key(row: dict[str, Any]) -> Run:
-    return row["part"], row["labelled"], row["seed"]
+    return row["arm"], row["labelled"], row["seed"]
 
 
 def finished(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -87,24 +87,24 @@ def finished(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def learn_found(folder: Path, out: Path, settings: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
     """Gathers the tables of the runs."""
     rows = list(done)
-    for table in sorted(folder.glob("*/table.csv")):
+    for table in sorted(folder.glob("*/table-val.csv")):
         rows += csv.DictReader(table.read_text().splitlines())
     if not rows:
         return {}
-    rows = list({(*_key(row), row["network"], row["class"]): row for row in rows}.values())
+    rows = list({(*_key(row), row["name"]): row for row in rows}.values())
     replace_file(out / "learn.json", json.dumps({"settings": settings, "rows": rows}, indent=0) + "\n")
     return {"tables": [_table(settings, rows)]}
 
 
 def _table(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Mean IoU of the student over the seeds."""
+    """Mean IoU of the student in its last evaluations, over the seeds."""
     scores: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        if row["network"] == "student" and row["class"] == "mean":
-            scores.setdefault((row["labelled"], row["part"]), []).append(float(row["iou"]))
+        if row["name"] == "miou/student":
+            scores.setdefault((row["labelled"], row["arm"]), []).append(float(row["iou"]))
     lines = [f"## Mean IoU after {settings['steps']} steps on {settings['data']} (student)", ""]
-    lines += ["| labelled | part | mean IoU, % | seeds |", "|---|---|---:|---:|"]
-    for (labelled, part), values in sorted(scores.items()):
+    lines += ["| labelled | arm | mean IoU, % | seeds |", "|---|---|---:|---:|"]
+    for (labelled, arm), values in sorted(scores.items()):
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        lines.append(f"| {labelled} | {part} | {statistics.fmean(values):.1f}{spread} | {len(values)} |")
+        lines.append(f"| {labelled} | {arm} | {statistics.fmean(values):.1f}{spread} | {len(values)} |")
     return "\n".join(lines)

@@ -34,6 +34,7 @@ ALSO = {
     "pixcontrast/loss": "loss loss_infonce loss_many zero_loss mistakes loss_scaling",
     "pixcontrast/memory.py": "queues mistakes without_values loss_many",
     "pixcontrast/distributed.py": "distributed memory",
+    "pixcontrast/sharded_infonce.py": "distributed",
     "pixcontrast/select.py": "branch loss_infonce zero_loss gather_pixels",
     "pixcontrast/branch.py": "branch_infonce heads without_values mistakes loss_scaling",
     "pixcontrast/heads.py": "branch",

@@ -158,8 +158,21 @@ def test_teacher_mode(tiny: FitConfig, mode: Literal["train", "eval"]):
     session = open_session(with_method(tiny, "contrast", teacher_mode=mode))
     name, before = next((n, b.clone()) for n, b in session.training.teacher.named_buffers() if "running_mean" in n)
     training_step(session.training, *next(session.batches()))
-    changed = not torch.equal(before, session.training.teacher.get_buffer(name))
-    assert changed == (mode == "train") and session.training.teacher.training == (mode == "train")
+    after, learned = (part.get_buffer(name) for part in (session.training.teacher, session.training.learner))
+    assert not torch.equal(before, after) and session.training.teacher.training == (mode == "train")
+    assert torch.equal(after, learned) == (mode == "eval")  # in eval it makes no statistics of its own
+
+
+def test_a_teacher_in_eval_mode_has_the_statistics_of_the_learner(tiny: FitConfig):
+    """It makes none of its own: with those of its start, its pseudo-labels would be noise."""
+    training, _ = run(with_method(tiny, "contrast", teacher_mode="eval"), 5)
+    learner, moved = dict(training.learner.named_buffers()), 0
+    for name, own in training.teacher.named_buffers():
+        if "memory" in name.split("."):
+            continue
+        assert torch.equal(own, learner[name]), name
+        moved += "running_mean" in name and bool(own.any())
+    assert moved > 3
 
 
 def test_pseudo_labels_are_the_most_probable_classes(tiny: FitConfig):
