@@ -17,7 +17,7 @@ endif
 .PHONY: help demo test test-examples lint docs bench fuzz sanitize mutate gpu env release-check clean
 
 help:
-	@echo "make demo   train on real images and write runs/demo/report.md (3 to 6 minutes on 2 cores)"
+	@echo "make demo   train on real images and write runs/demo/report.md (about 4 minutes on 2 cores)"
 	@echo "make test   build and run all tests (about 10 minutes on 2 cores)"
 	@echo "make test-examples   install what the examples import, and run each of them (5 minutes)"
 	@echo "make lint   check style and types"

@@ -114,7 +114,8 @@ class MethodConfig:
     class_weights: bool = True
     """Weigh classes by the square root of the median frequency over theirs."""
     teacher_mode: Literal["train", "eval"] = "train"
-    """BatchNorm and dropout of the teacher while it labels; the paper leaves it in train mode."""
+    """BatchNorm and dropout of the teacher while it labels; the paper leaves it in train mode. In eval mode, its
+    BatchNorm has the statistics of the student."""
     memory: Literal["teacher", "queues"] = "teacher"
     """teacher: pixels of which the teacher is sure. queues: the region and pixel queues of Wang et al. (infonce)."""
     memory_rows: int = 256
