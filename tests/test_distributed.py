@@ -289,7 +289,9 @@ def infonce(rank: int, world: int, kind: str) -> Results:
     anchors = criterion.loss.anchors(labels[rank])
     if kind == "empty rank" and rank == 0:  # all ranks call with as many anchors
         anchors = Anchors(torch.full((12,), -1), torch.full((12,), -1))
-    loss = criterion.loss.contrast(mine, anchors, memory)
+    with Sent() as sent:
+        loss = criterion.loss.contrast(mine, anchors, memory)
+    assert sent.bytes == 8 * len(anchors.indices) * (world * (2 * DIM + 5) + DIM + 1)  # of docs/distributed.md
     results["sharded"] = [loss.detach(), torch.autograd.grad(loss * 2, mine)[0]]
     options = {"queue_counts": list(counts), "temperature": 0.2, "loss_weight": 0.3, "backend": "reference"}
     whole = infonce_contrast(mine, anchors, list(rows), **options).loss
