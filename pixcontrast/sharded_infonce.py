@@ -27,7 +27,7 @@ def infonce_over_ranks(
 
     A collective: every rank must call it, with the same number of anchors R (some may be -1). Each rank streams its
     own rows, class by class, past the anchors of all ranks; per-anchor maxima, sums and gradients are reduced. A rank
-    sends ``W R (2 D + 5) + R (D + 1)`` elements for W ranks, however large the memory is. Matrix products are PyTorch's.
+    sends ``W R (2 D + 5) + R (D + 1)`` elements for W ranks, however large the memory is. Products are PyTorch's.
 
     Args:
         features, anchors, temperature, base_temperature, loss_weight: as there; the features of this rank.
