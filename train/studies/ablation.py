@@ -41,16 +41,15 @@ SETTINGS: dict[Arm, dict[str, Any]] = {
         "method": "supervised_contrast",
         "objective": "infonce",
         "memory": "queues",
-        "contrast_weight": 0.1,
     },
     "pseudo": {"method": "pseudo"},
     "positive": {"method": "contrast"},
     "released": {"method": "contrast", "variant": "released", "blur": "horizontal"},
-    "infonce": {"method": "contrast", "objective": "infonce", "contrast_weight": 0.1},
+    "infonce": {"method": "contrast", "objective": "infonce"},
     "all-labels": {"method": "supervised"},
 }
-"""Options of the method in which the arms differ; all-labels differs in the labelled images too. InfoNCE keeps the
-weight of Wang et al.: its loss is larger than the positive one's."""
+"""Options of the method in which the arms differ; all-labels differs in the labelled images too, and the weight of
+InfoNCE is `AblationConfig.infonce_weight`."""
 
 COMPARED: tuple[tuple[Arm, Arm], ...] = (
     ("labels-infonce", "labels"),
@@ -77,6 +76,8 @@ class AblationConfig:
     """Each draws its own labelled images, batches, augmentation and initial weights, the same for all arms."""
     arms: tuple[Arm, ...] = ("labels", "pseudo", "positive", "released", "infonce", "all-labels")
     """Lines of the table; all-labels is trained once for each seed."""
+    infonce_weight: float = 0.1
+    """Factor of InfoNCE, in place of --contrast-weight: its loss is larger than the positive one (0.1: Wang et al.)."""
     steps: int = 400
     """Steps of each run."""
     last: int = 3
@@ -180,6 +181,8 @@ def _planned(config: AblationConfig, overrides: list[str], arm: Arm, labelled: i
     run = replace(base.run, out=out, evaluate_every=every, evaluate_from=first, checkpoint_every=config.steps)
     given = parse_fit(overrides, replace(base, data=data, model=model, run=run))
     method: MethodConfig = replace(given.method, **SETTINGS[arm])  # the arm comes last: it is what is compared
+    if method.objective == "infonce":
+        method = replace(method, contrast_weight=config.infonce_weight)
     return replace(given, method=method)
 
 

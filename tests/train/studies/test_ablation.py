@@ -45,12 +45,14 @@ def numbers(path: Path, wanted: str = "miou/student") -> dict[tuple[str, int], f
 
 
 def test_runs_differ_in_the_arm_alone():
-    config = AblationConfig("camvid", Path("data"), labelled=(0.0625, 23), seeds=(3, 4), steps=60, arms=ARMS)
+    config = AblationConfig(
+        "camvid", Path("data"), labelled=(0.0625, 23), seeds=(3, 4), steps=60, arms=ARMS, infonce_weight=0.2
+    )
     plan = planned(config, ["--crop", "40", "--method", "pseudo"])
     assert len(plan) == 2 * (2 * 6 + 1) and len({run.run.out for run in plan.values()}) == len(plan)
     recipe = short_recipe(60, 3)
     for (arm, labelled, seed), run in plan.items():
-        given = module.SETTINGS[arm]
+        given = module.SETTINGS[arm] | ({"contrast_weight": 0.2} if "infonce" in arm else {})
         assert {name: getattr(run.method, name) for name in given} == given
         assert run.data.labelled == (1.0 if arm == "all-labels" else labelled) and run.optim.seed == seed
         assert replace(run.method, **{name: getattr(recipe.method, name) for name in given}) == recipe.method
