@@ -25,7 +25,7 @@ def from_plain(plain: dict[str, Any]) -> FitConfig:
     Raises:
         UserError: a part or a field that this version does not know, or one that is missing.
     """
-    paths = {"root", "out", "split_file", "source_root"}
+    paths = {"root", "out", "split_file", "source_root", "init"}
     try:
         built: dict[str, Any] = {}
         for name, part in get_type_hints(FitConfig).items():
@@ -40,7 +40,7 @@ def from_plain(plain: dict[str, Any]) -> FitConfig:
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Differences (``"optim.lr 0.01 -> 0.02"``) of two plain configurations that would train different weights."""
-    free = {"run", "data.workers", "data.root", "data.source_root"}
+    free = {"run", "data.workers", "data.pin_memory", "data.root", "data.source_root"}
     flat_old, flat_new = _flatten(old), _flatten(new)
     return [
         f"{name} {flat_old.get(name)} -> {flat_new.get(name)}"

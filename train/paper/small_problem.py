@@ -48,6 +48,15 @@ class Problem:
         return random.Random(f"order {step} {view} {image}").random() < 0.5
 
 
+def shallow_networks() -> ExitStack:
+    """Context in which the paper's networks are built with one block in each stage."""
+    stack = ExitStack()
+    for name in ("deeplab_v2", "deeplab_v3plus"):
+        shallow = mock.patch(f"train.networks.{name}.Backbone", lambda _, *rest: Backbone((1, 1, 1, 1), *rest))
+        stack.enter_context(shallow)
+    return stack
+
+
 def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
     """Our training at step 0 with one block in each stage; its predictions are varied, and sure enough to remember."""
     config = variant_config(row, "released")
@@ -58,10 +67,7 @@ def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
         model=replace(config.model, pretrained=False),
         method=replace(config.method, memory_rows=problem.memory_rows),
     )
-    with ExitStack() as stack:
-        for name in ("deeplab_v2", "deeplab_v3plus"):
-            shallow = mock.patch(f"train.networks.{name}.Backbone", lambda _, *rest: Backbone((1, 1, 1, 1), *rest))
-            stack.enter_context(shallow)
+    with shallow_networks():
         unlabelled = problem.total - problem.labelled
         t = build_training(config, problem.classes, ignore_index, problem.labelled, unlabelled)
     t.learner.double()  # the memory too

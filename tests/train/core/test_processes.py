@@ -225,7 +225,7 @@ def test_interrupt_of_one_process_stops_all_after_the_same_step_and_resume_is_ex
 
 def test_evaluation_shared_by_two_processes_is_that_of_one(ranks: list[Results], work: Path, folder: Path):
     learners, _ = load_learners(work / "whole" / "last.pt")
-    scores = evaluate(learners["student"], open_folder(folder, "val"))
+    scores = evaluate(learners, open_folder(folder, "val"))["student"]
     record = read_metrics(work / "whole")[-1]
     assert record["miou/student"] == scores.miou and record["iou_student/grass"] == scores.iou["grass"]
 
