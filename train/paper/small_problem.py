@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from train.data.batches import Batch
+from train.models import without_memory
 from train.networks.backbone import Backbone
 from train.networks.base import resize
 from train.paper.rows import Row
@@ -81,7 +82,7 @@ def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
             parameter *= factor
             if name in ("bias", "convs.0.bias"):
                 parameter -= factor * logits.mean((0, 2, 3))
-    t.teacher.double().load_state_dict(t.learner.state_dict())
+    t.teacher.double().load_state_dict(without_memory(t.learner.state_dict()))
     return t
 
 
