@@ -216,7 +216,8 @@ class OptimConfig:
     """With CUDA: let cuDNN time its algorithms for each size and take the fastest. Their sums round differently, so two
     runs of one seed may differ."""
     compile: bool = False
-    """Compile the networks by torch.compile: minutes at the start, then faster steps; results differ by rounding."""
+    """Compile the networks by torch.compile: minutes at the start, then faster steps. Results differ by rounding and by
+    the draws of dropout."""
     seed: int = 0
     """Seed of the split, the batches, the augmentation and the initial weights."""
 

@@ -58,10 +58,11 @@ def write_config(config: FitConfig) -> None:
 def same_as_written(config: FitConfig) -> bool:
     """Whether the run in the folder of ``config``, if there is one, trains the same weights."""
     path = config.run.out / CONFIG
-    try:
-        return path.is_file() and not differing_fields(json.loads(path.read_text()), to_plain(config))
-    except (ValueError, AttributeError):  # not JSON, or other JSON
+    try:  # through FitConfig, so that options newer than the file have their defaults
+        written = from_plain(json.loads(path.read_text())) if path.is_file() else None
+    except (ValueError, UserError):  # not JSON, or other JSON
         return False
+    return written is not None and not differing_fields(to_plain(written), to_plain(config))
 
 
 def _flatten(plain: dict[str, Any]) -> dict[str, Any]:

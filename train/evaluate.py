@@ -55,22 +55,21 @@ def evaluate(
         workers: loader processes; 0 reads the images in this one.
         images: gets the scores of each image by its id and the name of the network; with several processes, on rank 0.
     """
-    totals = {name: torch.zeros(()) for name in learners}
+    classes = len(dataset.classes)
+    totals = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in learners}
     own: dict[str, dict[str, Scores]] = {}
     indices = range(rank(), len(dataset), world_size())
     for index, (image, mask) in zip(indices, whole_items(dataset, indices, workers), strict=True):
         image, mask = image.to(device), mask.to(device)
         for name, learner in learners.items():
             matrix = confusion(predict(learner, image, (mask.shape[0], mask.shape[1])), mask, dataset)
-            totals[name] = totals[name].to(matrix) + matrix
+            totals[name] += matrix
             if images is not None:
                 own.setdefault(dataset.ids[index], {})[name] = scores_of(matrix, dataset.classes)
     if images is not None:
         for part in gather(own):
             images.update(part or {})
-    classes = len(dataset.classes)
-    empty = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # a rank may have no image
-    return {name: scores_of(sum_over_ranks(empty + total.to(empty)), dataset.classes) for name, total in totals.items()}
+    return {name: scores_of(sum_over_ranks(total), dataset.classes) for name, total in totals.items()}
 
 
 def confusion(prediction: Tensor, mask: Tensor, dataset: SegmentationDataset) -> Tensor:
@@ -84,7 +83,7 @@ def confusion(prediction: Tensor, mask: Tensor, dataset: SegmentationDataset) ->
 
 def scores_of(confusion: Tensor, classes: tuple[str, ...]) -> Scores:
     """Scores from a confusion matrix [C, C] of pixel counts: rows are labels, columns are predictions."""
-    confusion = confusion.double()
+    confusion = confusion.cpu().double()  # MPS has no float64
     hits = confusion.diag()
     iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
     return Scores(dict(zip(classes, iou.tolist(), strict=True)), float(iou.nanmean()))
@@ -110,6 +109,8 @@ def evaluate_checkpoint(
     Raises:
         UserError: an unreadable checkpoint or data set, data with other classes, or a file that cannot be written.
     """
+    if workers < 0:
+        raise UserError(f"--workers is {workers}: give 0 or more")
     learners, content = load_learners(path, device)
     data = config_of(content, path).data
     dataset = open_dataset(data.dataset, split, root or data.root, data.scale)

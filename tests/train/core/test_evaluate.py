@@ -109,6 +109,8 @@ def test_images_are_listed_from_the_worst_to_the_best(
         assert ious == ["" if math.isnan(value) else f"{value:.1f}" for value in expected]
     assert main(["evaluate", str(out / "last.pt"), "--per-image", str(tmp_path / "no" / "folder")]) == 2
     assert "no/folder cannot be written" in capsys.readouterr().err
+    assert main(["evaluate", str(out / "last.pt"), "--workers", "-1"]) == 2
+    assert "--workers is -1: give 0 or more" in capsys.readouterr().err
 
 
 def test_images_without_labels_are_listed_last(tmp_path: Path):
