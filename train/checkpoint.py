@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,9 @@ class Unreadable(UserError):
 
 
 def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> None:
-    """Write the whole state of ``training``; at every moment ``path`` is the old or the new file, never a part of it.
+    """Write the state of ``training``: all of it as ``last.pt``, under another name the networks alone.
+
+    At every moment ``path`` is the old or the new file, never a part of it.
 
     With several processes, all must call it; rank 0 writes, and the others wait until it has.
 
@@ -53,7 +56,7 @@ def save_checkpoint(path: Path, training: Training, data: dict[str, Any]) -> Non
         "version": VERSION,
         "config": to_plain(training.config),
         "data": data,
-        "training": training.state_dict(),
+        "training": training.state_dict() if path.name == CHECKPOINT else training.networks(),
     }
     if rank() == 0:
         keep = path.with_name(PREVIOUS) if path.name == CHECKPOINT else None
@@ -85,8 +88,12 @@ def load_tensors(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, convert: Callable[[Any, Path], Any] | None = None) -> dict[str, Any]:
     """Read the file that :func:`save_checkpoint` wrote: keys ``config``, ``data``, ``training``; tensors on the CPU.
+
+    Args:
+        path: the file.
+        convert: brings the content of another program's file, and its path, into that form; returns any other as it is.
 
     Raises:
         Unreadable: there is no file, or it does not have the checksums (CRC-32) that were written with it.
@@ -103,6 +110,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         previous = path.with_name(PREVIOUS)
         other = f"; the one before is {previous}" if previous.is_file() and previous != path else ""
         raise Unreadable(f"checkpoint {path} is damaged: {wrong}. {KEEP}{other}") from None
+    content = convert(content, path) if convert else content
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by this program. {KEEP}")
     if content.get("version") != VERSION:

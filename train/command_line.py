@@ -22,11 +22,15 @@ class EvaluateConfig:
     """Per-class IoU of a checkpoint on a data set."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File last.pt of a run folder."""
+    """File last.pt or best.pt of a run folder, or best_model.pth of the authors' code."""
     split: Literal["train", "val", "test"] = "val"
     """Images to evaluate on; of the published data sets, camvid has test."""
     root: Path | None = None
     """Folder of the data, if it is not where it was during the training."""
+    workers: int = 0
+    """Loader processes; 0 reads the images in this one."""
+    per_image: Path | None = None
+    """Write the IoU of each image to this CSV file, the worst image first."""
     device: str = "auto"
     """auto takes CUDA, then Apple's MPS, then the CPU; or a torch device such as cuda:1."""
 
@@ -88,7 +92,15 @@ def evaluate(arguments: list[str]) -> str:
     from train.scores import scores_table
 
     device = choose_device(config.device)
-    return scores_table(evaluate_checkpoint(config.checkpoint, config.split, config.root, device))
+    scores = evaluate_checkpoint(config.checkpoint, config.split, config.root, device, config.workers, config.per_image)
+    return scores_table(scores)
+
+
+def predict(arguments: list[str]) -> str:
+    """Write the class of every pixel of a folder of images."""
+    from train import predict as module
+
+    return module.predict_images(_parse(module.PredictConfig, "predict", arguments))
 
 
 def demo(arguments: list[str]) -> str:
@@ -164,6 +176,7 @@ def features(arguments: list[str]) -> str:
 COMMANDS: dict[str, Callable[[list[str]], str]] = {
     "fit": fit,
     "evaluate": evaluate,
+    "predict": predict,
     "demo": demo,
     "rows": rows,
     "make-data": make_data,

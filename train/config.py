@@ -39,7 +39,9 @@ class DataConfig:
     unlabelled_batch: int = 4
     """Unlabelled images a step, over all processes; each is augmented twice."""
     workers: int = 0
-    """Loader processes of each training process; 0: the training process reads the images itself."""
+    """Loader processes of each training process, also for evaluations; 0: the training process reads the images."""
+    pin_memory: bool = False
+    """With CUDA: loaders put batches into page-locked memory, from which the GPU copies while it computes."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class ModelConfig:
     """Weights a network of the paper starts from: imagenet (torchvision downloads them), or the path of a file."""
     pretrained: bool = True
     """Start from pretrained weights: --weights, or for timm those of ImageNet."""
+    init: Path | None = None
+    """Start from a checkpoint instead, ours or best_model.pth of the authors' code: its network, heads and selectors
+    (the student's); optimiser, schedule and memory begin anew. Classifier and selectors are left out where the number
+    of classes differs."""
     encoder: str = "tf_efficientnet_lite0"
     """Name of a timm encoder; the ImageNet weights of the default come from an installed package."""
     output_stride: Literal[8, 16, 32] = 16
@@ -166,6 +172,10 @@ class MethodConfig:
     def uses_unlabelled(self) -> bool:
         return self.method in ("contrast", "pseudo")
 
+    @property
+    def uses_teacher(self) -> bool:
+        return self.method != "supervised"
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -196,6 +206,18 @@ class OptimConfig:
     """Batches of unlabelled images that renew the BatchNorm statistics of the best student at the end; 0: none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of convolutions and matrix products (bfloat16: autocast); weights and losses are float32 in any case."""
+    accumulate: int = 1
+    """Compute the student in this many parts of its batches, one after the other, for small GPUs: activations of one
+    part are in memory at a time, for one more forward. Losses are those of the whole batch; BatchNorm of the network
+    takes the statistics of each part."""
+    tf32: Literal["convolutions", "everything", "nothing"] = "convolutions"
+    """With CUDA: what may round its float32 inputs to 10 bits, which is faster. convolutions: PyTorch's default."""
+    cudnn_benchmark: bool = False
+    """With CUDA: let cuDNN time its algorithms for each size and take the fastest. Their sums round differently, so two
+    runs of one seed may differ."""
+    compile: bool = False
+    """Compile the networks by torch.compile: minutes at the start, then faster steps. Results differ by rounding and by
+    the draws of dropout."""
     seed: int = 0
     """Seed of the split, the batches, the augmentation and the initial weights."""
 
@@ -246,7 +268,7 @@ class FitConfig:
         positive = (
             *((data, name) for name in ("crop", "labelled_batch")),
             *((method, name) for name in ("contrast_dim", "temperature", "base_temperature", "anchors", "views")),
-            *((optim, name) for name in ("steps", "lr")),
+            *((optim, name) for name in ("steps", "lr", "accumulate")),
             *((run, name) for name in ("log_every", "evaluate_every", "checkpoint_every")),
         )
         for part, name in positive:
@@ -268,6 +290,12 @@ class FitConfig:
                 raise UserError(
                     f"{option} is {size}{shared}: BatchNorm needs at least 2 images in a batch"
                     + (" of a process, or --sync-batchnorm" if shared else "")
+                )
+            images = size // processes * (2 if option == "--unlabelled-batch" else 1)  # each is seen twice
+            if optim.accumulate > 1 and images // optim.accumulate < 2:
+                raise UserError(
+                    f"--accumulate {optim.accumulate} parts of {images} images ({option}): BatchNorm needs at least 2 "
+                    f"images in a part, give at most {images // 2}"
                 )
         queues, infonce = method.memory == "queues", method.objective == "infonce"
         if method.memory_rows < (0 if infonce and not queues else 1):

@@ -25,7 +25,7 @@ def from_plain(plain: dict[str, Any]) -> FitConfig:
     Raises:
         UserError: a part or a field that this version does not know, or one that is missing.
     """
-    paths = {"root", "out", "split_file", "source_root"}
+    paths = {"root", "out", "split_file", "source_root", "init"}
     try:
         built: dict[str, Any] = {}
         for name, part in get_type_hints(FitConfig).items():
@@ -40,7 +40,7 @@ def from_plain(plain: dict[str, Any]) -> FitConfig:
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Differences (``"optim.lr 0.01 -> 0.02"``) of two plain configurations that would train different weights."""
-    free = {"run", "data.workers", "data.root", "data.source_root"}
+    free = {"run", "data.workers", "data.pin_memory", "data.root", "data.source_root"}
     flat_old, flat_new = _flatten(old), _flatten(new)
     return [
         f"{name} {flat_old.get(name)} -> {flat_new.get(name)}"
@@ -58,10 +58,11 @@ def write_config(config: FitConfig) -> None:
 def same_as_written(config: FitConfig) -> bool:
     """Whether the run in the folder of ``config``, if there is one, trains the same weights."""
     path = config.run.out / CONFIG
-    try:
-        return path.is_file() and not differing_fields(json.loads(path.read_text()), to_plain(config))
-    except (ValueError, AttributeError):  # not JSON, or other JSON
+    try:  # through FitConfig, so that options newer than the file have their defaults
+        written = from_plain(json.loads(path.read_text())) if path.is_file() else None
+    except (ValueError, UserError):  # not JSON, or other JSON
         return False
+    return written is not None and not differing_fields(to_plain(written), to_plain(config))
 
 
 def _flatten(plain: dict[str, Any]) -> dict[str, Any]:

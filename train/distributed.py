@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixcontrast.distributed import world_size
+from train.config import OptimConfig
 from train.errors import UserError, reason
 
 
@@ -74,6 +75,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(f"device {name!r} cannot be used ({reason(error)}): try --device auto or cpu") from error
     return device
+
+
+def set_arithmetic(optim: OptimConfig) -> None:
+    """Set what CUDA may do in this process to float32 and to the order of sums."""
+    torch.set_float32_matmul_precision("high" if optim.tf32 == "everything" else "highest")
+    torch.backends.cudnn.allow_tf32 = optim.tf32 != "nothing"
+    torch.backends.cudnn.benchmark = optim.cudnn_benchmark
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from train.distributed import any_rank, average_statistics, join, launcher, mean
 from train.errors import Interrupted, UserError, reason
 from train.evaluate import evaluate
 from train.logs import BEST, MetricsLog, Record, logged_scores, read_metrics, score_numbers
+from train.models import without_memory
 from train.run_folder import locked, not_written
 from train.scores import Scores
 from train.session import Session, Training, open_session
@@ -189,10 +190,10 @@ def warn_of_empty_memory(training: Training, numbers: dict[str, float], last: bo
 def evaluate_all(session: Session) -> dict[str, Scores]:
     """Scores of the student and, where the method uses it, of the teacher."""
     training = session.training
-    scores = {"student": evaluate(training.learner, session.validation, session.device)}
-    if training.config.method.method != "supervised":
-        scores["teacher"] = evaluate(training.teacher, session.validation, session.device)
-    return scores
+    networks = {"student": training.learner}
+    if training.config.method.uses_teacher:
+        networks["teacher"] = training.teacher
+    return evaluate(networks, session.validation, session.device, training.config.data.workers)
 
 
 def best_logged(session: Session) -> dict[str, Scores]:
@@ -257,12 +258,9 @@ def restart(session: Session) -> None:
     The teacher gets the student's BatchNorm statistics too. That of the authors' code starts again from 0 and 1, which
     only an evaluation of the teacher would show.
     """
-    state = read_checkpoint(session.best_checkpoint)["training"]["learner"]
-    state = {
-        name: tensor for name, tensor in state.items() if not name.startswith(("branch.memory.", "branch.queues."))
-    }
+    state = without_memory(read_checkpoint(session.best_checkpoint)["training"]["learner"])
     session.training.learner.load_state_dict(state, strict=False)
-    session.training.teacher.load_state_dict(state, strict=False)
+    session.training.teacher.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -283,4 +281,4 @@ def renew(session: Session, batches: int) -> Scores:
     average_statistics(learner)
     path = session.best_checkpoint.with_name("renewed.pt")
     save_checkpoint(path, replace(training, learner=learner), session.data)
-    return evaluate(learner, session.validation, session.device)
+    return evaluate({"renewed": learner}, session.validation, session.device, training.config.data.workers)["renewed"]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from pixcontrast import ContrastBranch
+from train.checkpoint import read_checkpoint
 from train.config import FitConfig
 from train.contrast import build_branch
-from train.networks import MEANS, build_network, load_weights
+from train.errors import UserError
+from train.networks import MEANS, LoadReport, build_network, load_weights
 from train.networks.base import Network
+from train.networks.weights import copy_where_it_fits
+from train.paper.released import as_ours
 from train.streams import seed_for
 
 
@@ -50,6 +59,38 @@ class Learner(nn.Module):
             logits, features = self.network(self.network.normalise(images))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), features
 
+    def in_parts(self, images: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` of ``parts`` parts of the batch, one after the other; 1 is a plain forward.
+
+        Only the outputs are kept for backward, which computes each part again, with the same dropout, when it gets
+        there. So activations of one part are in memory at a time, and losses can be of the whole batch. BatchNorm
+        normalises each part by its own statistics, and updates the running ones by each part once.
+        """
+        if parts == 1:
+            return self(images)
+        outputs = [
+            checkpoint(self, part, use_reentrant=False, context_fn=lambda: (nullcontext(), KeptStatistics(self)))
+            for part in images.tensor_split(parts)
+        ]
+        logits, features = (torch.cat(maps) for maps in zip(*outputs, strict=True))
+        return logits, features
+
+
+class KeptStatistics:
+    """Context in which BatchNorm updates copies of its running statistics; it can be entered again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.buffers = [(layer, name, buffer) for layer in self.norms for name, buffer in layer.named_buffers()]
+        for layer, name, buffer in self.buffers:
+            setattr(layer, name, buffer.clone())
+
+    def __exit__(self, *_: object) -> None:
+        for layer, name, buffer in self.buffers:
+            setattr(layer, name, buffer)
+
 
 def build_learner(config: FitConfig, num_classes: int, ignore_index: int, num_labelled: int) -> Learner:
     """The network with the weights it starts from and, for a method with contrast, its branch.
@@ -79,6 +120,7 @@ def build_segmentation(config: FitConfig, num_classes: int) -> Network:
         UserError: an unusable encoder, or weights that are missing or do not fit.
     """
     model = config.model
+    model = replace(model, pretrained=model.pretrained and model.init is None)
     if model.network == "timm":
         from train.networks.timm_deeplab import TimmDeepLab  # importing timm takes seconds
 
@@ -92,6 +134,38 @@ def build_segmentation(config: FitConfig, num_classes: int) -> Network:
     if model.pretrained:
         print(load_weights(network, model.weights), flush=True)
     return network
+
+
+def initialise(learner: Learner, config: FitConfig) -> LoadReport:
+    """Copy the student of ``config.model.init`` into ``learner``, but for the memory and for what has another size.
+
+    Raises:
+        UserError: an unreadable checkpoint, another network, or one that lacks a part but the classifier.
+    """
+    path, network = config.model.init, config.model.network
+    assert path is not None
+    content = read_checkpoint(path, partial(as_ours, network=network))
+    if (own := content["config"]["model"]["network"]) != network:
+        raise UserError(f"--init {path} is of --network {own}, not {network}: give that, or another file")
+
+    def needed(name: str) -> bool:
+        return name.startswith("network.") and not name.startswith("network.classifier.")
+
+    given = without_memory(content["training"]["learner"])
+    return copy_where_it_fits(learner, given, str(path), "network without its classifier", needed)
+
+
+def without_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a learner without the rows that its branch remembers."""
+    return {name: value for name, value in state.items() if not name.startswith(("branch.memory.", "branch.queues."))}
+
+
+def drop_memory(learner: Learner) -> Learner:
+    """Take the memory out of the branch of a teacher, which fills none."""
+    for name in ("memory", "queues"):
+        if hasattr(learner.branch, name):
+            delattr(learner.branch, name)
+    return learner
 
 
 def synchronise_batchnorm(network: nn.Module) -> Any:

@@ -54,7 +54,7 @@ def from_source(step: int, steps: int, order: str = "alternate", last: int = 100
     """Whether the labelled images of ``step`` (from 0) of ``steps`` are of the source domain.
 
     Args:
-        order: ``alternate``: in every odd step but the ``last`` ones, as the authors' comment and first version say.
+        order: ``alternate``: in every odd step but the ``last`` ones, as the comment in the authors' script says.
             ``last``: in every odd step of the ``last`` ones only, as their last version does.
     """
     return step % 2 == 1 and (step >= steps - last) == (order == "last")

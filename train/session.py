@@ -23,9 +23,17 @@ from train.data.batches import Batch, Batches
 from train.data.dataset import SegmentationDataset
 from train.data.datasets import check_overlap, open_dataset
 from train.data.splits import choose_labelled
-from train.distributed import choose_device, gather, rank
+from train.distributed import choose_device, gather, rank, set_arithmetic
 from train.errors import UserError
-from train.models import Learner, build_learner, synchronise_batchnorm, to_channels_last
+from train.models import (
+    Learner,
+    build_learner,
+    drop_memory,
+    initialise,
+    synchronise_batchnorm,
+    to_channels_last,
+    without_memory,
+)
 from train.schedules import build_optimizer, from_source, poly_schedule
 
 BEST_CHECKPOINT = "best.pt"
@@ -38,7 +46,7 @@ class Training:
 
     Attributes:
         learner: student network with contrast branch; the branch holds the memory.
-        teacher: moving average of the learner's parameters, with buffers of its own.
+        teacher: moving average of the learner's parameters, with buffers of its own and without a memory.
         weak, strong: augmentation of the labelled and of the unlabelled images.
         step: steps taken so far.
         target_labels: augmented labels of the last labelled batch of the target domain.
@@ -63,6 +71,15 @@ class Training:
         adapts = self.config.data.source_root is not None
         return adapts and from_source(step, steps, method.source_steps, method.last_steps)
 
+    @property
+    def _stateful(self) -> list[str]:
+        return [name for name in STATEFUL if name != "teacher" or self.config.method.uses_teacher]
+
+    def networks(self) -> dict[str, Any]:
+        """The part of the state that `train.evaluate.load_learners` reads: all but what only a resume needs."""
+        names = [name for name in self._stateful if name in ("learner", "teacher")]
+        return {"step": self.step, **{name: getattr(self, name).state_dict() for name in names}}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes. Random numbers have no state: see `train.streams`.
 
@@ -70,7 +87,7 @@ class Training:
         rank-specific state of the others.
         """
         own = self._rank_state()
-        parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        parts = {name: getattr(self, name).state_dict() for name in self._stateful}
         own_parts = {name: part for name, part in own.items() if name != "memory"}
         return {"step": self.step, **parts, **own_parts, "other_ranks": gather(own)[1:]}
 
@@ -92,8 +109,9 @@ class Training:
                 f"the run was trained by {len(others) + 1} processes, this is one of {world_size()}: start as many"
             )
         own = state if rank() == 0 else others[rank() - 1]
-        for name in STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
+        for name in self._stateful:
+            part = state[name]
+            getattr(self, name).load_state_dict(without_memory(part) if name == "teacher" else part)
         self.step = state["step"]
         if self.learner.branch is not None and "memory" in own:
             self.learner.branch.memory.load_state_dict(own["memory"])
@@ -128,7 +146,10 @@ def build_training(
             raise UserError(f"--sync-batchnorm: PyTorch has it for CUDA, not for {device}; leave it out")
         learner.network = synchronise_batchnorm(learner.network)
     to_channels_last(learner)
-    teacher = copy.deepcopy(learner).requires_grad_(False)
+    teacher = drop_memory(copy.deepcopy(learner).requires_grad_(False))
+    if config.optim.compile:
+        for part in (learner, teacher):
+            part.network.compile()
     optimizer = build_optimizer(learner, config.optim)
     semi_supervised = config.method.uses_unlabelled
     class_weights = ClassWeights(
@@ -202,7 +223,8 @@ class Session:
     ) -> Iterator[Batch]:
         config = self.training.config
         crop, seed, workers = config.data.crop, config.optim.seed, config.data.workers
-        stream = Batches(data, indices, size, crop, seed, name, start, workers, rank(), world_size())
+        pin = config.data.pin_memory and self.device.type == "cuda"
+        stream = Batches(data, indices, size, crop, seed, name, start, workers, rank(), world_size(), pin)
         for images, masks in stream:
             yield images.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True)
 
@@ -215,6 +237,8 @@ def open_session(config: FitConfig) -> Session:
     """
     config.check(world_size())
     device = choose_device(config.run.device)
+    if device.type == "cuda":
+        set_arithmetic(config.optim)
     c = config.data
     train, validation = (open_dataset(c.dataset, split, c.root, c.scale) for split in ("train", c.evaluate))
     check_overlap(train, validation)
@@ -236,4 +260,7 @@ def open_session(config: FitConfig) -> Session:
     session = Session(device, training, train, validation, labelled, unlabelled, source, data)
     if any(config.run.out.joinpath(name).exists() for name in (CHECKPOINT, PREVIOUS)):
         resume(session.checkpoint, training, data)
+    elif config.model.init is not None:
+        print(initialise(training.learner, config), flush=True)
+        training.teacher.load_state_dict(without_memory(training.learner.state_dict()))
     return session

@@ -68,13 +68,13 @@ def training_step(
     # Student: unlabelled views, then labelled images; two forwards, so that BatchNorm does not mix them.
     if unlabelled is not None:
         draw(t, "student of unlabelled")
-        strong_logits, strong_features = t.learner(strong)
+        strong_logits, strong_features = t.learner.in_parts(strong, o.accumulate)
         strong_logits = resize(strong_logits, strong.shape[-2:])
         error = pseudo_label_loss(strong_logits, pseudo, confidence, alpha, t.ignore_index, m.confidence_power)
         losses["pseudo"] = m.pseudo_weight * pseudo_ramp(i, m.ramp, m.ramp_shape) * error
         losses["entropy"] = m.entropy_weight * entropy_loss(strong_logits, pseudo, t.ignore_index)
     draw(t, "student of labelled")
-    logits, features = t.learner(images)
+    logits, features = t.learner.in_parts(images, o.accumulate)
     error = supervised_loss(resize(logits, images.shape[-2:]), labels, alpha, t.ignore_index)
     losses["supervised"] = m.supervised_weight * error
 
@@ -158,5 +158,4 @@ def update_teacher(teacher: Learner, learner: Learner, decay: float, mode: str =
     if mode == "eval":
         statistics = dict(learner.named_buffers())
         for name, own in teacher.named_buffers():
-            if "memory" not in name.split("."):  # the rows, not the selectors of the memory
-                own.copy_(statistics[name])
+            own.copy_(statistics[name])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from train.checkpoint import read_checkpoint
 from train.config import FitConfig
@@ -67,3 +68,15 @@ def assert_same_state(first: Path, second: Path) -> None:
     for name, value in a.items():
         same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
         assert same, name
+
+
+def their_heads(channels: int, classes: int, dim: int) -> nn.Module:
+    """Heads and selectors named and laid out as those of SemiSeg-Contrastive."""
+    model = nn.Module()
+    for name, width, out, kind in (("projection_head", channels, dim, nn.ReLU), ("prediction_head", dim, dim, nn.ReLU)):
+        model.add_module(name, nn.Sequential(nn.Linear(width, dim), nn.BatchNorm1d(dim), kind(), nn.Linear(dim, out)))
+    for c in range(classes):
+        for name in (f"contrastive_class_selector_{c}", f"contrastive_class_selector_memory{c}"):
+            layers = nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.LeakyReLU(0.2), nn.Linear(dim, 1)
+            model.add_module(name, nn.Sequential(*layers))
+    return model

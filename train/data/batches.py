@@ -46,6 +46,7 @@ class Batches:
         start: number of the first batch, for resuming.
         workers: loader processes; 0 reads in this process. The batches are the same.
         rank, world_size: give part ``rank`` of ``world_size`` equal parts of each batch, for several processes.
+        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
         UserError: no indices, a batch or crop size below 1, or a batch without equal parts; while iterating, what
@@ -62,6 +63,7 @@ class Batches:
     workers: int = 0
     rank: int = 0
     world_size: int = 1
+    pin_memory: bool = False
 
     def __post_init__(self) -> None:
         if not self.indices:
@@ -90,15 +92,11 @@ class Batches:
         loader: DataLoader[Any] = DataLoader(
             _Crops(self.dataset, self._crop, self._key),
             batch_sampler=map(self.samples, count(self.start)),
-            num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_outlive_signals,
-            generator=torch.Generator(),  # by default the loader draws its base seed from the global generator
+            pin_memory=self.pin_memory,
+            **_processes(self.workers),
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        yield from _or_error(loader)
 
     def samples(self, number: int) -> list[Sample]:
         """The samples of (this rank's part of) batch ``number``."""
@@ -118,23 +116,64 @@ class Batches:
         return [self.indices[position] for position in generator.permutation(len(self.indices))]
 
 
+def whole_items(dataset: SegmentationDataset, indices: Sequence[int], workers: int = 0) -> Iterator[Batch]:
+    """Items of these indices, in order: image ``[3, H, W]``, mask ``[H, W]``. Loader processes read ahead, if any.
+
+    Raises:
+        UserError: what reading an item raises.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Items(dataset), None, sampler=indices, collate_fn=_unchanged, **_processes(workers)
+    )
+    return _or_error(loader)
+
+
+def _processes(workers: int) -> dict[str, Any]:
+    """Options of a loader. By default it would draw its base seed from the global generator."""
+    return {"num_workers": workers, "worker_init_fn": _outlive_signals, "generator": torch.Generator()}
+
+
+def _or_error(loader: DataLoader[Any]) -> Iterator[Batch]:
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+@dataclass
+class _Items(Dataset[Any]):
+    """Items, or the error of reading one: a loader process that raised it would add its traceback to the message."""
+
+    dataset: SegmentationDataset
+
+    def __getitem__(self, index: int) -> Batch | UserError:
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            return error
+
+
 class _Crops(Dataset[Any]):
     """Random crop of a sample, seeded by the number of the sample."""
 
     def __init__(self, dataset: SegmentationDataset, crop_size: tuple[int, int], key: tuple[int, int]) -> None:
-        self.dataset = dataset
+        self.items = _Items(dataset)
         self.crop_size = crop_size
         self.key = key
 
     def __getitem__(self, sample: Sample) -> Batch | UserError:
         number, index = sample
-        try:
-            image, mask = self.dataset[index]
-        except UserError as error:
-            return error  # a worker that raised it would add its traceback to the message
+        item = self.items[index]
+        if isinstance(item, UserError):
+            return item
+        image, mask = item
         height, width = self.crop_size
         missing = (0, max(0, width - mask.shape[1]), 0, max(0, height - mask.shape[0]))
-        image, mask = pad(image, missing), pad(mask, missing, value=self.dataset.ignore_index)
+        image, mask = pad(image, missing), pad(mask, missing, value=self.items.dataset.ignore_index)
         generator = np.random.default_rng([*self.key, CROP, number])
         top = int(generator.integers(mask.shape[0] - height + 1))
         left = int(generator.integers(mask.shape[1] - width + 1))

@@ -56,8 +56,7 @@ class SegmentationDataset:
     ignore_index = IGNORE_INDEX
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.scale <= 1.0:
-            raise UserError(f"scale {self.scale}: expected above 0 and at most 1 (0.5 halves both sides of the images)")
+        check_scale(self.scale)
         if not self.pairs:
             raise UserError(f"no images in {self.source}: check the path and that the archive is unpacked completely")
         for item, (image, label) in sorted(self.pairs.items()):
@@ -97,15 +96,29 @@ class SegmentationDataset:
                 f"image {image_path} is {image.shape[2]}x{image.shape[1]} pixels but its label {label_path} is "
                 f"{label.shape[1]}x{label.shape[0]}: both must have the same size"
             )
-        if self.scale != 1.0:
-            size = [max(1, round(side * self.scale)) for side in label.shape]
-            image = interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-            if self.scale_labels:
-                label = interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
+        image = scaled(image, self.scale)
+        if self.scale_labels and image.shape[1:] != label.shape:
+            label = interpolate(label[None, None], image.shape[1:], mode="nearest-exact")[0, 0]
         if image.nbytes + label.nbytes <= self._cache_left:
             self._cache_left -= image.nbytes + label.nbytes
             self._cache[index] = image, label
         return image, label
+
+
+def check_scale(scale: float) -> None:
+    """Refuse a factor of the size of images that is not above 0 and at most 1.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not 0.0 < scale <= 1.0:
+        raise UserError(f"scale {scale}: expected above 0 and at most 1 (0.5 halves both sides of the images)")
+
+
+def scaled(image: Tensor, scale: float) -> Tensor:
+    """``image`` uint8 [3, H, W] at ``scale`` times its size: bilinear with antialiasing."""
+    size = [max(1, round(side * scale)) for side in image.shape[1:]]
+    return image if scale == 1.0 else interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 def find_folder(root: Path, *candidates: str) -> Path:

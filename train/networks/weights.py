@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.checkpoint import load_tensors
 from train.errors import UserError, reason
@@ -66,21 +68,39 @@ def load_weights(network: DeepLab, source: str | Path) -> LoadReport:
         UserError: nothing to download, no network, an unreadable file, or one that lacks tensors of the backbone.
     """
     given = download_imagenet(network) if str(source) == "imagenet" else read_tensors(Path(source))
-    given = {our_name(name): value for name, value in given.items() if not _is_counter(name)}
-    expected = {name: value for name, value in network.state_dict().items() if not _is_counter(name)}
+    given = {our_name(name): value for name, value in given.items()}
+    return copy_where_it_fits(network, given, str(source), "backbone", lambda name: name.startswith("backbone."))
+
+
+def copy_where_it_fits(
+    module: nn.Module, given: dict[str, Tensor], source: str, what: str, needed: Callable[[str], bool]
+) -> LoadReport:
+    """Copy tensors into ``module`` where name and size agree.
+
+    Args:
+        module: changed in place.
+        given: by the names of ``module``; others are left out.
+        source: of them, for messages.
+        what, needed: the part of ``module`` that must be given as a whole, and whether a tensor belongs to it.
+
+    Raises:
+        UserError: one of them is not; ``module`` is as before.
+    """
+    given = {name: value for name, value in given.items() if not _is_counter(name)}
+    expected = {name: value for name, value in module.state_dict().items() if not _is_counter(name)}
     fits = {name: given[name].shape == value.shape for name, value in expected.items() if name in given}
 
-    backbone = [name for name in expected if name.startswith("backbone.")]
-    lacking = [name for name in backbone if not fits.get(name)]
+    wanted = [name for name in expected if needed(name)]
+    lacking = [name for name in wanted if not fits.get(name)]
     if lacking:
         raise UserError(
-            f"weights {source}: {len(backbone) - len(lacking)} of {len(backbone)} tensors of the backbone are there at "
-            f"their size, not {_some(lacking)}; given are {_some(list(given))}: choose weights of the same network"
+            f"weights {source}: {len(wanted) - len(lacking)} of {len(wanted)} tensors of the {what} are there at their "
+            f"size, not {_some(lacking)}; given are {_some(list(given))}: choose weights of the same network"
         )
     loaded = [name for name, fit in fits.items() if fit]
-    network.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    module.load_state_dict({name: given[name] for name in loaded}, strict=False)
     return LoadReport(
-        str(source),
+        source,
         loaded,
         missing=[name for name in expected if name not in given],
         unknown=[name for name in given if name not in expected],
@@ -124,15 +144,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"weights {path} are damaged or not a file of PyTorch tensors ({reason(error)}): fetch them again"
         ) from error
-    if isinstance(content, dict):
-        content = content.get("model", content)  # a checkpoint holds more than the weights
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = named_tensors(content)
     if not tensors:
         raise UserError(
             f"weights {path} hold no tensors by name: give a state_dict, or a checkpoint that has it as 'model'"
         )
     return tensors
+
+
+def named_tensors(content: Any) -> dict[str, Tensor]:
+    """Tensors by name in a state_dict, or in a checkpoint that has it as ``model``; without DataParallel's prefix."""
+    if isinstance(content, dict):
+        content = content.get("model", content)
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def our_name(name: str) -> str:

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from pixcontrast.compat.semiseg import MemoryRows
 from train.augment import AugmentConfig, augment
 from train.errors import UserError
-from train.networks.weights import our_name
+from train.paper.released import our_tensor
 from train.paper.rows import Row, find_row
 from train.paper.small_problem import Problem, fill, our_training, same_arithmetic
 from train.paper.their_loop import TheirCode, TheirStep
@@ -33,18 +33,6 @@ STEPS = (0, 1, 2, 1000, 1001, 1999, 2000, *range(2001, 2021))
 """The first steps, those in which memory, full pseudo-labels and contrast begin, and 20 with the contrast."""
 LAST_STEPS = range(149_899, 149_905)
 """Steps of the domain adaptation in which the first images of the source are used."""
-HEADS = {
-    f"{name}ion_head.{index}": f"{name}.{part}"
-    for name in ("project", "predict")
-    for index, part in ((0, "first"), (1, "norm"), (3, "last"))
-}
-SELECTORS = {"0.weight": "weight1", "0.bias": "bias1", "1.weight": "norm_weight", "1.bias": "norm_bias"}
-SELECTORS |= {
-    "1.running_mean": "running_mean",
-    "1.running_var": "running_var",
-    "3.weight": "weight2",
-    "3.bias": "bias2",
-}
 
 
 @dataclass(frozen=True)
@@ -99,18 +87,6 @@ def compare_row(
         comparison = Comparison(training, problem)
         code.run(problem, weights, comparison.after)
     return comparison
-
-
-def our_tensor(tensors: Mapping[str, Tensor | None], name: str) -> Tensor | None:
-    """The one of ``tensors`` of a learner that is ``name`` in their network; None if there is none."""
-    module, _, leaf = name.partition(".")
-    if module.startswith("contrastive_class_selector_"):
-        stack = "select_memory" if "memory" in module else "select_features"
-        stacked = tensors.get(f"branch.{stack}.{SELECTORS.get(leaf)}")
-        index = int(module.removeprefix("contrastive_class_selector_").removeprefix("memory"))
-        return None if stacked is None else stacked[index : index + 1] if leaf[0] == "3" else stacked[index]
-    head, _, leaf = name.rpartition(".")
-    return tensors.get(f"branch.{HEADS[head]}.{leaf}" if head in HEADS else f"network.{our_name(name)}")
 
 
 class Comparison:

@@ -18,10 +18,11 @@ from train.data.dataset import SegmentationDataset
 from train.data.datasets import open_dataset
 from train.distributed import choose_device
 from train.errors import UserError
-from train.evaluate import check_classes, load_learners, predict
+from train.evaluate import check_classes, confusion, load_learners, predict, scores_of
 from train.models import Learner
 from train.paper.introspection import attention_map, memory_rows
 from train.paper.pages import Row, colour, draw_memory_plane, draw_page, fitted, heat_map, pages, weight_colours
+from train.scores import percent
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class FiguresConfig:
     """Pictures like those of the paper's supplement: image, predictions and labels of some images, row by row."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """File last.pt or best.pt of a run folder."""
+    """File last.pt or best.pt of a run folder, or best_model.pth of the authors' code."""
     reference: Path | None = None
     """Checkpoint of another network for a column beside, such as the fully supervised one; its student is shown."""
     network: Literal["student", "teacher"] = "student"
@@ -109,7 +110,7 @@ def _draw(config: FiguresConfig, networks: list[Shown], indices: list[int], devi
 def prediction_row(
     networks: list[tuple[Learner, SegmentationDataset]], index: int, device: torch.device | str = "cpu"
 ) -> Row:
-    """Image, predictions and labels of an item, small enough for a page.
+    """Image, predictions and labels of an item, small enough for a page, and the mean IoU of each network on it.
 
     Args:
         networks: each with the data at the size it takes; image and labels are those of the first.
@@ -120,7 +121,9 @@ def prediction_row(
     # at the resolution of the labels, at which networks are scored
     maps = [predict(learner, own[index][0].to(device), size) for learner, own in networks]
     pictures = [colour(fitted(classes, size), data.palette, data.ignore_colour) for classes in (*maps, labels)]
-    return Row(data.ids[index], [fitted(image, size).permute(1, 2, 0).numpy(), *pictures])
+    mious = (scores_of(confusion(m, labels.to(device), data), data.classes).miou for m in maps)
+    note = f"IoU {' | '.join(map(percent, mious))} %"
+    return Row(data.ids[index], [fitted(image, size).permute(1, 2, 0).numpy(), *pictures], note)
 
 
 def attention_row(data: SegmentationDataset, index: int, classes: Tensor, weights: Tensor, colours: Any) -> Row:
@@ -178,7 +181,8 @@ def open_networks(config: FiguresConfig, device: torch.device) -> list[Shown]:
         learners, content = load_learners(path, device)
         if network not in learners:
             raise UserError(
-                f"checkpoint {path} has no {network}, as it was trained on labels only: leave --network out"
+                f"checkpoint {path} has no {network}: it was trained on labels only, or by the authors' code; leave "
+                f"--network out"
             )
         own = config_of(content, path).data
         images = images or own
@@ -190,6 +194,8 @@ def open_networks(config: FiguresConfig, device: torch.device) -> list[Shown]:
 
 def _title(content: dict[str, Any], network: str) -> str:
     """Title of a column: the method, and how many images were labelled."""
+    if content.get("released"):
+        return "released checkpoint"
     method, data = content["config"]["method"]["method"], content["data"]
     labelled, images = data["labelled"], data["images"]
     if method == "supervised" and labelled == len(images):

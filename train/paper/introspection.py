@@ -76,7 +76,10 @@ def memory_rows(branch: ContrastBranch) -> MemoryRows:
     memory = branch.memory
     filled = torch.arange(memory.capacity, device=memory.rows.device) < memory.counts[:, None]
     if not filled.any():
-        raise UserError("the memory is empty: train for more than --memory-start steps, or lower --confidence")
+        raise UserError(
+            "the memory is empty: train for more than --memory-start steps, or lower --confidence; files of the "
+            "authors' code have none"
+        )
     classes, rows = filled.nonzero()[:, 0], memory.rows[filled]
     if branch.variant == "released" or branch.objective == "infonce":
         return MemoryRows(rows.double(), classes, torch.ones(len(rows), dtype=torch.float64, device=rows.device))

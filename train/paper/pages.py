@@ -32,10 +32,11 @@ GAP, MARGIN, LINE, MIN_COLUMN = 8, 32, 28, 280  # pixels; a line of the legend, 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of pictures: its name, and the pictures uint8 [h, w, 3] of one size, as :func:`fitted` makes them."""
+    """A row of pictures: its name, the pictures uint8 [h, w, 3] of one size, as :func:`fitted` makes them, a note."""
 
     name: str
     pictures: list[np.ndarray]
+    note: str = ""
 
 
 def colour(classes: Tensor, palette: Palette, ignored: RGB) -> np.ndarray:
@@ -119,6 +120,7 @@ def draw_page(
     for middle, row in zip(row_middles, rows, strict=True):
         name = row.name if len(row.name) <= 26 else f"…{row.name[-25:]}"
         position = MARGIN / 2 / width, (top - middle) / height
+        name = f"{name}\n{row.note}".strip()
         figure.text(*position, name, rotation=90, ha="center", va="center", fontsize=7, color="0.35")
     handles = [Patch(facecolor=_shares(rgb), edgecolor="black", label=name) for name, rgb in entries]
     middle_of_legend = 0.5, legend / 2 / height

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from train.data.batches import Batch
+from train.models import without_memory
 from train.networks.backbone import Backbone
 from train.networks.base import resize
 from train.paper.rows import Row
@@ -48,6 +49,15 @@ class Problem:
         return random.Random(f"order {step} {view} {image}").random() < 0.5
 
 
+def shallow_networks() -> ExitStack:
+    """Context in which the paper's networks are built with one block in each stage."""
+    stack = ExitStack()
+    for name in ("deeplab_v2", "deeplab_v3plus"):
+        shallow = mock.patch(f"train.networks.{name}.Backbone", lambda _, *rest: Backbone((1, 1, 1, 1), *rest))
+        stack.enter_context(shallow)
+    return stack
+
+
 def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
     """Our training at step 0 with one block in each stage; its predictions are varied, and sure enough to remember."""
     config = variant_config(row, "released")
@@ -58,10 +68,7 @@ def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
         model=replace(config.model, pretrained=False),
         method=replace(config.method, memory_rows=problem.memory_rows),
     )
-    with ExitStack() as stack:
-        for name in ("deeplab_v2", "deeplab_v3plus"):
-            shallow = mock.patch(f"train.networks.{name}.Backbone", lambda _, *rest: Backbone((1, 1, 1, 1), *rest))
-            stack.enter_context(shallow)
+    with shallow_networks():
         unlabelled = problem.total - problem.labelled
         t = build_training(config, problem.classes, ignore_index, problem.labelled, unlabelled)
     t.learner.double()  # the memory too
@@ -75,7 +82,7 @@ def our_training(row: Row, problem: Problem, ignore_index: int) -> Training:
             parameter *= factor
             if name in ("bias", "convs.0.bias"):
                 parameter -= factor * logits.mean((0, 2, 3))
-    t.teacher.double().load_state_dict(t.learner.state_dict())
+    t.teacher.double().load_state_dict(without_memory(t.learner.state_dict()))
     return t
 
 

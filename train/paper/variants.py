@@ -124,8 +124,8 @@ def variant_config(row: Row, variant: Variant) -> FitConfig:
             labelled_jitter=0.125 if theirs else 0.15,
             unlabelled_jitter=0.25 if theirs else 0.3,
             blur="horizontal" if theirs else "random",  # a range of sigmas was passed as those of the two axes
-            # Since 16 February 2021 their code does the opposite of its comment; before, it did what the comment says.
-            # Which of the two trained Table 3 is not known: `published` takes what comment and paper say.
+            # Since 16 February 2021 their code does the opposite of its comment; before, it alternated to the end.
+            # Which of the two trained Table 3 is not known; `published` follows the comment.
             source_steps="last" if variant == "released" else "alternate",
             last_steps=100,
         ),

@@ -24,6 +24,7 @@ from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import from_plain, to_plain
 from train.errors import Interrupted, UserError
+from train.evaluate import load_learners
 from train.logs import read_metrics
 from train.loop import fit
 from train.scores import Scores
@@ -160,3 +161,31 @@ def test_configuration_survives_the_checkpoint(tiny: FitConfig):
     assert from_plain(json.loads(json.dumps(to_plain(tiny)))) == tiny
     with pytest.raises(UserError, match="another version"):
         from_plain(to_plain(tiny) | {"optim": {"unknown": 1}})
+
+
+def test_files_hold_no_more_than_their_readers_need(finished: FitConfig, tmp_path: Path):
+    last, best = (read_checkpoint(finished.run.out / name)["training"] for name in ("last.pt", "best.pt"))
+    assert best.keys() == {"step", "learner", "teacher"} and {"optimizer", "schedule"} < last.keys()
+    for state in (last, best):
+        assert "branch.memory.rows" in state["learner"] and not any(
+            "branch.memory." in name for name in state["teacher"]
+        )
+    labels_only = replace(finished, method=replace(finished.method, method="supervised"))
+    session = open_session(in_folder(labels_only, tmp_path / "labels"))
+    training_step(session.training, *next(session.batches()))
+    session.checkpoint.parent.mkdir()
+    save_checkpoint(session.checkpoint, session.training, session.data)
+    assert "teacher" not in read_checkpoint(session.checkpoint)["training"]
+    assert open_session(session.training.config).training.step == 1
+
+
+def test_older_files_with_a_memory_of_the_teacher_are_read(finished: FitConfig):
+    last = finished.run.out / "last.pt"
+    content = read_checkpoint(last)
+    state = content["training"]
+    state["teacher"] |= {name: value for name, value in state["learner"].items() if name.startswith("branch.memory.")}
+    torch.save(content, last)
+    expected = {name: value for name, value in state["teacher"].items() if not name.startswith("branch.memory.")}
+    for teacher in (open_session(finished).training.teacher, load_learners(last)[0]["teacher"]):
+        own = teacher.state_dict()
+        assert own.keys() == expected.keys() and all(torch.equal(own[name], value) for name, value in expected.items())

@@ -27,7 +27,7 @@ from train.config import FitConfig
 from train.data.folder import open_folder
 from train.distributed import any_rank, choose_device, mean_over_ranks, rank
 from train.errors import Interrupted, UserError
-from train.evaluate import evaluate, load_learners
+from train.evaluate import evaluate, evaluate_checkpoint, load_learners
 from train.logs import read_metrics
 from train.loop import fit
 from train.losses import entropy_loss, pseudo_label_loss, supervised_loss
@@ -146,6 +146,7 @@ def _rank(number: int, folder: str, config: FitConfig) -> None:
     results["any"] = [any_rank(flag) for flag in (False, number == 1, True)]
     reduce = with_sync(config, "reduce")
     fit(in_folder(reduce, Path(folder) / "whole"))
+    evaluate_checkpoint(Path(folder) / "whole" / "last.pt", per_image=Path(folder) / "images.csv")
     results["interrupted after"] = interrupted_fit(in_folder(reduce, Path(folder) / "broken"), 4)
     torch.save(results, f"{folder}/{number}.pt")
     torch.distributed.destroy_process_group()
@@ -225,9 +226,11 @@ def test_interrupt_of_one_process_stops_all_after_the_same_step_and_resume_is_ex
 
 def test_evaluation_shared_by_two_processes_is_that_of_one(ranks: list[Results], work: Path, folder: Path):
     learners, _ = load_learners(work / "whole" / "last.pt")
-    scores = evaluate(learners["student"], open_folder(folder, "val"))
+    scores = evaluate(learners, open_folder(folder, "val"))["student"]
     record = read_metrics(work / "whole")[-1]
     assert record["miou/student"] == scores.miou and record["iou_student/grass"] == scores.iou["grass"]
+    evaluate_checkpoint(work / "whole" / "last.pt", per_image=work / "alone.csv")
+    assert (work / "images.csv").read_text() == (work / "alone.csv").read_text()  # with the images of both
 
 
 def test_checkpoint_of_two_processes_is_refused_by_one(shared: FitConfig, ranks: list[Results], work: Path):

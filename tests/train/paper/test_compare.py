@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from train_helpers import error_of
+from train_helpers import error_of, their_heads
 
 import train.augment
 from pixcontrast import ContrastBranch
@@ -108,18 +108,6 @@ def test_another_number_of_mixed_classes_is_found(monkeypatch: pytest.MonkeyPatc
     exec(source.replace("// 2 + 1", "// 2").replace("def class_mix", "def fewer"), scope)
     monkeypatch.setattr(train.augment, "class_mix", scope["fewer"])
     assert compare_row(Path(CHECKOUT), find_row(CITYSCAPES), (2001,)).largest["gradients"][0] > LIMIT
-
-
-def their_heads(channels: int, classes: int, dim: int) -> nn.Module:
-    """Modules named and laid out as theirs."""
-    model = nn.Module()
-    for name, width, out, kind in (("projection_head", channels, dim, nn.ReLU), ("prediction_head", dim, dim, nn.ReLU)):
-        model.add_module(name, nn.Sequential(nn.Linear(width, dim), nn.BatchNorm1d(dim), kind(), nn.Linear(dim, out)))
-    for c in range(classes):
-        for name in (f"contrastive_class_selector_{c}", f"contrastive_class_selector_memory{c}"):
-            layers = nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.LeakyReLU(0.2), nn.Linear(dim, 1)
-            model.add_module(name, nn.Sequential(*layers))
-    return model
 
 
 def without_counters(model: nn.Module) -> dict[str, torch.Tensor]:

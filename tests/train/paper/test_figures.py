@@ -18,7 +18,7 @@ from train.config import FitConfig
 from train.data.classes import CAMVID_PALETTE
 from train.data.datasets import open_dataset
 from train.data.scenes.layouts import make_scenes
-from train.evaluate import load_learners, predict
+from train.evaluate import evaluate, load_learners, predict
 from train.loop import fit
 from train.models import build_learner
 from train.paper import figures as figures_module
@@ -37,6 +37,7 @@ from train.paper.pages import (
     pages,
     weight_colours,
 )
+from train.scores import percent
 
 SIZE = (64, 128)  # of the scenes, which a page shows 3.75 times as large
 
@@ -165,7 +166,10 @@ def test_images_are_chosen_by_name_or_evenly_spaced(scenes: Path):
 def test_ignored_pixels_are_white_where_black_is_a_class(tiny: FitConfig, tmp_path: Path):
     data = open_dataset("voc", "val", make_scenes("voc", tmp_path / "voc", train=1, val=1, size=(120, 160)))
     learner = build_learner(tiny, 21, 255, 6).eval()
-    image, prediction, picture = prediction_row([(learner, data)], 0).pictures
+    row = prediction_row([(learner, data)] * 2, 0)
+    image, prediction, _, picture = row.pictures
+    miou = percent(evaluate({"student": learner}, data)["student"].miou)  # of the only image
+    assert row.note == f"IoU {miou} | {miou} %"
     labels = fitted(data[0][1], (120, 160))
     assert image.shape == prediction.shape == picture.shape == (320, 427, 3) and labels.shape == (320, 427)
     assert (labels == 255).any() and (labels == 0).any() and (picture[labels == 255] == 255).all()

@@ -223,8 +223,11 @@ def test_run_of_other_options_is_not_taken_for_finished(tiny: FitConfig, data: P
     run = config.run.out
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 3, "miou/student": 0.5}\n')
-    for changed, count in ((config, 0), (replace(config, data=replace(config.data, crop=41)), 1)):
-        (run / "config.json").write_text(json.dumps(to_plain(changed)))
+    older = to_plain(config)
+    del older["optim"]["accumulate"]  # an option newer than the file has its default
+    other = to_plain(replace(config, data=replace(config.data, crop=41)))
+    for written, count in ((to_plain(config), 0), (other, 1), (older, 0), ([], 1)):
+        (run / "config.json").write_text(json.dumps(written))
         assert main([*command, "--print-commands"]) == 0
         report = (tmp_path / "table1-paper-contrast.md").read_text()
         assert report.count("| not run |") == 11 + count
