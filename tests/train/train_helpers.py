@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import train.loop
 from train.checkpoint import read_checkpoint
 from train.config import FitConfig
 from train.data.dataset import SegmentationDataset
@@ -46,6 +47,18 @@ def quietly(target: Callable[..., None], *arguments: Any) -> None:
     """Run in another process without progress bars, which pytest would not capture there."""
     with redirect_stderr(io.StringIO()):
         target(*arguments)
+
+
+def before_step(step: int, action: Callable[[Any], None]) -> Callable[..., Any]:
+    """A training step that calls ``action`` with the training before step ``step`` (from 0)."""
+    original = train.loop.training_step
+
+    def changed(t: Any, *batches: Any) -> Any:
+        if t.step == step:
+            action(t)
+        return original(t, *batches)
+
+    return changed
 
 
 def in_folder(config: FitConfig, out: Path, **changes: Any) -> FitConfig:

@@ -157,7 +157,7 @@ def run_all(processes: BaseContext, target: Callable[..., None], arguments: list
     for process in started:
         process.start()
     for process in started:
-        process.join(300)
+        process.join(600)
     assert [process.exitcode for process in started] == [0] * len(arguments)
 
 
@@ -296,12 +296,12 @@ def test_torchrun_trains_stops_and_goes_on(tmp_path: Path, processes: BaseContex
     options: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True}
     command = [sys.executable, *launcher, "-m", "train", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while len(read_metrics(out)) < 2:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate(timeout=300)
+    _, errors = first.communicate(timeout=600)
     steps = read_checkpoint(out / "last.pt")["training"]["step"]
     assert first.returncode != 0 and 2 <= steps < 12
     assert errors.count(f"interrupted after step {steps} of 12") == 1
