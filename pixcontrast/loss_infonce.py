@@ -72,8 +72,9 @@ class InfoNCELoss(nn.Module):
         parts = parts_of(queue)
         check_label_values(labels, len(rows_of(parts[0])) if parts else MAX_LABELS, self.ignore_index, "labels")
         anchors = self.anchors(labels, predict, generator)
+        output = self.contrast(features, anchors, parts, return_stats=return_stats)
         self.explain_zero(labels, anchors, parts)
-        return self.contrast(features, anchors, parts, return_stats=return_stats)
+        return output
 
     def explain_zero(self, labels: Tensor, anchors: Anchors, queue: Queue | Sequence[Queue] | None) -> None:
         """Warns, the first time, if no anchor has anything to be contrasted with, where that can be read."""
