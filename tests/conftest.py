@@ -12,13 +12,18 @@ LONGEST_FIRST = (
     "test_gpu_run.py",
     "train/core",
     "test_distributed.py",
+    "test_infonce.py",
+    "test_positive.py",
+    "test_features.py",
     "train/paper",
     "test_benchmarks.py",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: where several processes share the tests, none of them is left with a long file at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, long files first: none of them is left with a long file at the end."""
+    if not hasattr(config, "workerinput"):  # set in the processes of pytest-xdist
+        return
 
     def place(item: pytest.Item) -> int:
         path = item.path.relative_to(ROOT) if item.path.is_relative_to(ROOT) else item.path
