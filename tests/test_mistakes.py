@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pixcontrast import ClassMemory, ContrastBranch, PixelContrastLoss
-from pixcontrast.functional import gather_pixels, infonce_contrast, memory_mean, positive_contrast
+from pixcontrast.functional import contrast_with_mean, gather_pixels, infonce_contrast, memory_mean, positive_contrast
 from pixcontrast.ops.grouped_linear import grouped_linear
 from pixcontrast.ops.norm_linear import Norm, norm_linear
 from pixcontrast.ops.pixel_linear import pixel_linear
@@ -74,6 +75,11 @@ def test_labels_of_other_dtypes(call: str, dtype: torch.dtype) -> None:
     features, labels = make_batch()
     with pytest.raises(TypeError, match=rf"labels must be int64, got {dtype}; use labels.long\(\)"):
         calls()[call](features, labels.to(dtype))
+
+
+def test_there_is_one_default_of_ignore_index() -> None:
+    for function in (PixelContrastLoss, ContrastBranch, positive_contrast, contrast_with_mean):
+        assert inspect.signature(function).parameters["ignore_index"].default == 255
 
 
 @pytest.mark.parametrize("objective", ["positive", "infonce"])
