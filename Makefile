@@ -8,6 +8,8 @@ FUZZ_ARGS ?=
 RELEASE_ARGS ?=
 MUTATE_ARGS ?=
 MINUTES ?= 10
+# as many processes as processors; two threads in each, so that kernels share their work, asleep while they wait
+IN_PARALLEL = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # without a GPU, the build of this tree only serves tests: one architecture is enough
 ifeq (,$(shell command -v nvidia-smi))
@@ -35,7 +37,7 @@ demo: .venv/built
 	.venv/bin/python -m train demo --out runs/demo $(DEMO_ARGS)
 
 test: .venv/built
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(IN_PARALLEL) .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-examples: .venv/built
 	.venv/bin/python -m pip install --quiet --no-build-isolation --requirement examples/requirements.txt

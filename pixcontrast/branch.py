@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .checks import check_float, check_label_map, check_label_values, check_predict, readable
+from .checks import check_float, check_label_values, check_maps, check_predict, readable
 from .functional import gather_pixels, unit_rows
 from .heads import ClassSelectors, MLPHead
 from .loss import PixelContrastLoss
@@ -177,7 +177,7 @@ class ContrastBranch(nn.Module):
             scored = classes.count
             rows = ranked = heads.project(features, segments)
             quota, images_of_class = None if self.quota is None else self.quota * batch, 1
-            if quota is not None:  # theirs scores a class only where it has too many rows; others stay in pixel order
+            if quota is not None:  # their code scores only the classes with more rows than the quota
                 scored = torch.where(classes.count > quota, classes.count, 0)
         else:
             by_image = torch.where(label >= 0, label * batch + images, -1)
@@ -236,9 +236,9 @@ class ContrastBranch(nn.Module):
         check_predict(predict)
         if isinstance(infonce := self.criterion.loss, InfoNCELoss):
             anchors = infonce.anchors(label, predict, generator)
-            infonce.explain_zero(label, anchors, self.memory if self.capacity > 0 else None)
-            rows, anchors = self._anchor_rows(features, label, anchors)
             queue = self.memory if self.capacity > 0 else None
+            infonce.explain_zero(label, anchors, queue)
+            rows, anchors = self._anchor_rows(features, label, anchors)
             # normalize() of autocast gives float32, and products of mixed dtypes would run in float32
             dtype = rows.dtype if queue is None else queue.rows.dtype
             unit = normalize(rows, dim=1).to(dtype)
@@ -247,7 +247,7 @@ class ContrastBranch(nn.Module):
         rows = self.predict(self.project(features, segments), segments._replace(order=None))
         # selectors learn what to weigh; they do not push the features
         weighed = segments.count
-        if self.variant == "released" and self.memory.sync != "reduce":  # theirs weighs what it will contrast
+        if self.variant == "released" and self.memory.sync != "reduce":  # their code skips these
             weighed = torch.where(self.memory.counts >= MIN_ROWS, weighed, 0)
         weight_logits = self.select_features(self.selector_input(rows), segments.start, weighed)
         return self.criterion(
@@ -269,7 +269,7 @@ class ContrastBranch(nn.Module):
         row_of_pixel = torch.empty_like(segments.order).scatter_(
             0, segments.order, torch.arange(len(segments.order), device=label.device)
         )
-        if len(row_of_pixel) == 0:  # no pixel: something to point at
+        if len(row_of_pixel) == 0:  # no pixel, but index 0 must exist
             row_of_pixel = row_of_pixel.new_zeros(1)
         used = anchors.indices >= 0
         rows = torch.where(used, row_of_pixel[anchors.indices.clamp_min(0)], -1)
@@ -294,24 +294,9 @@ class ContrastBranch(nn.Module):
 
     def _labels(self, features: Tensor, labels: Tensor, where: str) -> Tensor:
         """Labels at feature resolution ``[B, h, w]``, -1 where they are ignored; complains about what does not fit."""
-        width = self.project.first.in_features
-        check_float("features", features)
-        check_label_map("labels", labels, features)
-        if features.dim() != 4 or features.shape[1] != width:
-            raise ValueError(
-                f"ContrastBranch.{where}: features must be [B, {width}, h, w], got {tuple(features.shape)}"
-            )
-        if labels.dim() != 3 or labels.shape[0] != features.shape[0]:
-            raise ValueError(
-                f"ContrastBranch.{where}: labels must be [B={features.shape[0]}, H, W], got {tuple(labels.shape)}"
-            )
-        if labels.dtype != torch.int64:
-            raise TypeError(f"ContrastBranch.{where}: labels must be int64, got {labels.dtype}; use labels.long()")
-        if labels.device != features.device:
-            raise ValueError(
-                f"ContrastBranch.{where}: labels are on {labels.device}, features on {features.device}; move one"
-            )
+        where = f"ContrastBranch.{where}"
+        check_maps(where, "features", features, labels, self.project.first.in_features)
         size = (features.shape[2], features.shape[3])
         if readable(labels):
-            check_label_values(labels_at(labels, size), self.num_classes, self.ignore_index, f"ContrastBranch.{where}")
+            check_label_values(labels_at(labels, size), self.num_classes, self.ignore_index, where)
         return valid_labels_at(labels, size, self.num_classes, self.ignore_index, self.backend)

@@ -22,9 +22,15 @@ def check_tensor(name: str, tensor: object) -> None:
     """A tensor, not what could be made into one."""
     if not isinstance(tensor, Tensor):
         given = type(tensor)
-        make = f"torch.from_numpy({name})" if given.__module__ == "numpy" else f"torch.as_tensor({name})"
-        hint = f"; use {make}" if given.__module__ == "numpy" or isinstance(tensor, list | tuple) else ""
+        make = "torch.from_numpy" if given.__module__ == "numpy" else "torch.as_tensor"
+        convertible = given.__module__ == "numpy" or isinstance(tensor, list | tuple)
+        hint = f"; use {make}({_variable(name)})" if convertible else ""
         raise TypeError(f"{name} must be a tensor, got {given.__module__}.{given.__qualname__}{hint}")
+
+
+def _variable(name: str) -> str:
+    """The argument alone, of a name like ``ClassMemory.push: labels``."""
+    return name.rpartition(" ")[2]
 
 
 def check_features(features: Tensor) -> None:
@@ -40,8 +46,21 @@ def check_label_map(name: str, labels: Tensor, features: Tensor) -> None:
     """A tensor without the channel that masks are often stored with; the other checks see it at feature resolution."""
     check_tensor(name, labels)
     if features.dim() == 4 and labels.dim() == 4:
-        hint = f"; use {name}.squeeze(1)" if labels.shape[1] == 1 else ""
+        hint = f"; use {_variable(name)}.squeeze(1)" if labels.shape[1] == 1 else ""
         raise ValueError(f"{name} must be [B, H, W], got {tuple(labels.shape)}{hint}")
+
+
+def check_maps(where: str, name: str, features: Tensor, labels: Tensor, channels: int) -> None:
+    """``features [B, channels, h, w]``, called ``name``, and ``labels [B, H, W]`` int64 of the same images."""
+    check_float(f"{where}: {name}", features)
+    check_label_map(f"{where}: labels", labels, features)
+    if features.dim() != 4 or features.shape[1] != channels:
+        raise ValueError(f"{where}: {name} must be [B, {channels}, h, w], got {tuple(features.shape)}")
+    if labels.dim() != 3 or labels.shape[0] != features.shape[0]:
+        raise ValueError(f"{where}: labels must be [B={features.shape[0]}, H, W], got {tuple(labels.shape)}")
+    check_int64(f"{where}: labels", labels)
+    if labels.device != features.device:
+        raise ValueError(f"{where}: labels are on {labels.device}, {name} on {features.device}; move one")
 
 
 def check_predict(predict: object) -> None:
@@ -137,7 +156,7 @@ def check_int64(name: str, tensor: Tensor) -> None:
     """int64."""
     check_tensor(name, tensor)
     if tensor.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {tensor.dtype}; use {name}.long()")
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}; use {_variable(name)}.long()")
 
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

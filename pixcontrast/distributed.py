@@ -1,7 +1,7 @@
 """What the processes of a group exchange, so that class means run over the pixels or rows of all of them.
 
 Every function here is a collective: each rank of the default process group must call it, equally often and in the same
-order. A rank that has nothing to add still calls.
+order, also with nothing to add.
 
 Gradients follow the convention of ``DistributedDataParallel`` and ``SyncBatchNorm``: each rank holds a loss, what is
 minimised is their mean, and gradients of the parameters are averaged over the ranks.
@@ -119,7 +119,8 @@ def contrast_over_ranks(
     dist.all_reduce(class_loss)
     class_loss = torch.where(active, 1 - class_loss, 0)
     value = class_loss.sum() * (loss_weight / classes)
-    # The operator took the share for a constant; this adds the gradient through it, and none of the two the value.
+    # The operator treats the share as a constant. The second term has the gradient through it; the value is that of
+    # all ranks.
     ratio = share / share.detach().clamp_min(torch.finfo(dtype).tiny)
     loss = part.loss - (ratio * similarity).sum() * (loss_weight / classes)
     return PositiveOutput(value + (loss - loss.detach()), class_loss, total)

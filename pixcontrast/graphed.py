@@ -50,17 +50,16 @@ class GraphedBranch(nn.Module):
         super().__init__()
         self.branch = branch
         self._teacher = [teacher]  # not a submodule: its parameters are no part of this module
-        self._remembered = _Static(features=features.detach(), logits=logits, labels=labels)
+        remembered = _present(features=features.detach(), logits=logits, labels=labels)
+        self._static = {name: value.clone() for name, value in remembered.items()}  # they keep their place in memory
         self._graph: torch.cuda.CUDAGraph | None = None
-        given = {"features": features, "labels": labels, "predict": predict}
-        self._expected = {name: (value.shape, value.dtype) for name, value in given.items() if value is not None}
+        given = _present(features=features, labels=labels, predict=predict)
+        self._expected = {name: torch.empty_like(value, device="meta") for name, value in given.items()}
         self._loss: nn.Module = _Loss(branch)
         if features.device.type != "cuda":
             return
         state = copy.deepcopy(branch.state_dict())
-        tensors = tuple(
-            value.clone().detach().requires_grad_(value.requires_grad) for value in given.values() if value is not None
-        )
+        tensors = tuple(value.clone().detach().requires_grad_(value.requires_grad) for value in given.values())
         self._loss = cast(
             nn.Module,
             torch.cuda.make_graphed_callables(self._loss, tensors, num_warmup_iters=warmup, allow_unused_input=True),
@@ -71,24 +70,25 @@ class GraphedBranch(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, predict: Tensor | None = None) -> Tensor:
         """The loss of :class:`ContrastBranch`, a scalar with a gradient for ``features`` and the parameters."""
-        given = {"features": features, "labels": labels, "predict": predict}
-        tensors = {name: value for name, value in given.items() if value is not None}
+        tensors = _present(features=features, labels=labels, predict=predict)
         _check(tensors, self._expected)
         return self._loss(*tensors.values())
 
     @torch.no_grad()
     def remember(self, features: Tensor, logits: Tensor | None, labels: Tensor) -> None:
         """:meth:`ContrastBranch.remember` with the teacher of the capture."""
-        self._remembered.fill(features=features, logits=logits, labels=labels)
+        given = _present(features=features, logits=logits, labels=labels)
+        _check(given, self._static)
+        for name, value in given.items():
+            self._static[name].copy_(value)
         if self._graph is None:
             self._remember()
         else:
             self._graph.replay()
 
     def _remember(self) -> None:
-        features, logits, labels = (self._remembered.tensors[name] for name in ("features", "logits", "labels"))
-        assert features is not None and labels is not None
-        self.branch.remember(features, logits, labels, teacher=self._teacher[0])
+        static = self._static
+        self.branch.remember(static["features"], static.get("logits"), static["labels"], teacher=self._teacher[0])
 
     def _capture(self, warmup: int) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()
@@ -114,26 +114,16 @@ class _Loss(nn.Module):
         return self.branch(features, labels, predict)
 
 
-class _Static:
-    """Tensors that keep their place in memory."""
-
-    def __init__(self, **tensors: Tensor | None) -> None:
-        self.tensors = {name: None if value is None else value.clone() for name, value in tensors.items()}
-
-    def fill(self, **tensors: Tensor | None) -> None:
-        present = {name: value for name, value in tensors.items() if value is not None}
-        kept = {name: value for name, value in self.tensors.items() if value is not None}
-        _check(present, {name: (value.shape, value.dtype) for name, value in kept.items()})
-        for name, value in present.items():
-            kept[name].copy_(value)
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if value is not None}
 
 
-def _check(given: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+def _check(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if given.keys() != expected.keys():
         raise ValueError(f"GraphedBranch was captured with {', '.join(expected)}; got {', '.join(given)}")
     for name, value in given.items():
-        if (value.shape, value.dtype) != expected[name]:
-            shape, dtype = expected[name]
+        shape, dtype = expected[name].shape, expected[name].dtype
+        if (value.shape, value.dtype) != (shape, dtype):
             raise ValueError(
                 f"GraphedBranch was captured with {name} {tuple(shape)} {dtype}, got {tuple(value.shape)} "
                 f"{value.dtype}: make another one for this shape"

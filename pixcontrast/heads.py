@@ -42,6 +42,10 @@ class MLPHead(nn.Module):
             segments: which rows are valid. With an order, the result stands in class order; rows that are not valid
                 are last, and mean nothing. ``None``: all rows are valid.
         """
+        bn = self.norm
+        assert bn.running_mean is not None and bn.running_var is not None and bn.momentum is not None
+        statistics = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
+        norm = Norm(bn.weight, bn.bias, *statistics, bn.training, bn.momentum, bn.eps)
         hidden = pixel_linear(in_autocast(features), in_autocast(self.first.weight))
         if segments is None:
             order, total = None, torch.full((1,), len(hidden), dtype=torch.int64, device=hidden.device)
@@ -50,7 +54,7 @@ class MLPHead(nn.Module):
         return norm_linear(
             hidden,
             self.first.bias,
-            _norm_of(self.norm),
+            norm,
             self.last.weight,
             self.last.bias,
             order=order,
@@ -109,12 +113,6 @@ class ClassSelectors(nn.Module):
             slope=0.2,
             backend=self.backend,
         )
-
-
-def _norm_of(norm: nn.BatchNorm1d) -> Norm:
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return Norm(norm.weight, norm.bias, *statistics, norm.training, norm.momentum, norm.eps)
 
 
 def in_autocast(rows: Tensor) -> Tensor:

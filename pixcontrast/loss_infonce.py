@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_label_values
+from .checks import check_label_values, check_tensor, readable
 from .distributed import world_size
 from .functional import infonce_contrast
 from .memory import ClassMemory
 from .select import MAX_LABELS, Anchors, all_anchors, hard_anchors, labels_at
 from .sharded_infonce import infonce_over_ranks
 from .stats import InfoNCEStats, infonce_stats
-from .zero_loss import warn_once, why_no_anchors
 
 Queue = ClassMemory | Tensor
 
@@ -68,19 +69,18 @@ class InfoNCELoss(nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, InfoNCEStats]:
         """The loss of anchors drawn from ``labels`` at the resolution of ``features``."""
-        rows = [rows_and_counts(part)[0] for part in parts_of(queue)]
-        check_label_values(labels, rows[0].shape[0] if rows else MAX_LABELS, self.ignore_index, "labels")
+        parts = parts_of(queue)
+        check_label_values(labels, len(rows_of(parts[0])) if parts else MAX_LABELS, self.ignore_index, "labels")
         anchors = self.anchors(labels, predict, generator)
-        self.explain_zero(labels, anchors, queue)
-        return self.contrast(features, anchors, queue, return_stats=return_stats)
+        output = self.contrast(features, anchors, parts, return_stats=return_stats)
+        self.explain_zero(labels, anchors, parts)
+        return output
 
     def explain_zero(self, labels: Tensor, anchors: Anchors, queue: Queue | Sequence[Queue] | None) -> None:
         """Warns, the first time, if no anchor has anything to be contrasted with, where that can be read."""
-        if torch.compiler.is_compiling() or self.on_empty == "raise":
-            return
-        parts = [rows_and_counts(part) for part in parts_of(queue)]
-        counts = [torch.full((len(rows),), rows.shape[1]) if count is None else count for rows, count in parts]
-        warn_once(self, why_no_anchors(labels, anchors.labels, self.max_views, self.ignore_index, counts))
+        if self.on_empty == "zero" and readable(labels):
+            counts = [counts_of(part) for part in parts_of(queue)]
+            warn_once(self, why_no_anchors(labels, anchors.labels, self.max_views, self.ignore_index, counts))
 
     def contrast(
         self,
@@ -96,9 +96,7 @@ class InfoNCELoss(nn.Module):
             return self._contrast_over_ranks(features, anchors, parts, return_stats)
         queues, counts = [], []
         for part in parts:
-            rows, count = rows_and_counts(part)
-            if count is None:
-                count = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
+            rows, count = rows_of(part), counts_of(part)
             if self.skip_class0:
                 rows, count = rows.clone(), count.clone()
                 rows[0], count[0] = 0, rows.shape[1]
@@ -130,8 +128,7 @@ class InfoNCELoss(nn.Module):
                 'PixelContrastLoss: a ClassMemory with sync="reduce" must be the only queue, and variant "paper"; else '
                 'make it with sync="gather"'
             )
-        rows, counts = rows_and_counts(parts[0])
-        assert counts is not None
+        rows, counts = rows_of(parts[0]), counts_of(parts[0])
         factors = self.temperature, self.base_temperature, self.loss_weight
         output = infonce_over_ranks(features, anchors, rows, counts, *factors)
         if not return_stats:
@@ -165,18 +162,68 @@ def parts_of(queue: Queue | Sequence[Queue] | None) -> list[Queue]:
     """The queues that were given as one, several or none."""
     if queue is None:
         return []
-    return [queue] if isinstance(queue, ClassMemory | Tensor) else list(queue)
+    parts = list(queue) if isinstance(queue, Sequence) else [queue]
+    for part in parts:
+        check_tensor("queue", rows_of(part))
+    return parts
 
 
-def rows_and_counts(queue: Queue) -> tuple[Tensor, Tensor | None]:
-    """Rows ``[C, N, D]`` and how many of each class are valid (``None``: all)."""
-    return (queue.rows, queue.counts) if isinstance(queue, ClassMemory) else (queue, None)
+def rows_of(queue: Queue) -> Tensor:
+    """Its rows ``[C, N, D]``."""
+    return queue.rows if isinstance(queue, ClassMemory) else queue
+
+
+def counts_of(queue: Queue) -> Tensor:
+    """How many rows of each class are valid ``[C]``: those that a memory counts, all of a tensor."""
+    if isinstance(queue, ClassMemory):
+        return queue.counts
+    return torch.full((len(queue),), queue.shape[1], dtype=torch.int64, device=queue.device)
 
 
 def refuse_empty(taking_part: Tensor, needs: str) -> None:
     """``ValueError`` unless something takes part; waits for the device."""
     if not bool(taking_part.any()):
         raise ValueError(f"PixelContrastLoss: no class takes part: it needs {needs}")
+
+
+def warn_once(criterion: nn.Module, reason: str) -> None:
+    """Says why the loss is zero, if there is a ``reason`` and none was said before."""
+    if reason and not getattr(criterion, "warned", False):
+        criterion.warned = True  # type: ignore[assignment]
+        level = 1  # of the frame that called the loss or the branch
+        while sys._getframe(level).f_globals.get("__name__", "").split(".")[0] in ("torch", "pixcontrast"):
+            level += 1
+        warnings.warn(
+            f"PixelContrastLoss: the loss is 0: {reason}. This is said once; return_stats=True counts what takes part, "
+            "docs/zero_loss.md explains it",
+            stacklevel=level + 1,
+        )
+
+
+def why_no_anchors(
+    labels: Tensor, anchor_labels: Tensor, max_views: int | None, ignore_index: int, counts: Sequence[Tensor]
+) -> str:
+    """Why no anchor is contrasted, from labels, the labels of the anchors (-1: none) and the rows of each class of each
+    queue; "" if one is, and for empty queues, which are usual at the start."""
+    valid = (labels >= 0) & (labels != ignore_index)
+    if (anchor_labels >= 0).any():
+        if not counts:
+            return ""
+        rows = torch.stack(list(counts)).sum(0)
+        own = anchor_labels[anchor_labels >= 0].unique()
+        if not rows.any() or rows[own].any():
+            return ""
+        return f"the queue has no rows of the anchors' classes {own[:8].tolist()}"
+    if not valid.any():
+        return "no pixel has a label that is a class and not ignore_index"
+    maps = labels if labels.dim() == 3 else labels[None]
+    most = max(
+        int(torch.bincount(one[good]).max()) for one, good in zip(maps, valid.view_as(maps), strict=True) if good.any()
+    )
+    return (
+        f"no class of an image has more than max_views={max_views} pixels at the resolution of the features, the "
+        f"largest has {most}; lower max_views or take larger crops"
+    )
 
 
 def _diagonal(anchors: Anchors, counts: Sequence[Tensor]) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import check_queue
+from .checks import check_queue, readable
 from .distributed import contrast_over_ranks, world_size
 from .functional import contrast_with_mean, memory_mean
-from .loss_infonce import Queue, refuse_empty, rows_and_counts
+from .loss_infonce import Queue, counts_of, refuse_empty, rows_of, warn_once
 from .memory import ClassMemory
 from .reference import MIN_ROWS
 from .stats import ContrastStats
-from .zero_loss import warn_once, why_no_pairs
 
 
 class PositiveLoss(nn.Module):
@@ -45,12 +44,12 @@ class PositiveLoss(nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, ContrastStats]:
         """The loss of ``features`` with ``labels`` at their resolution."""
-        rows, _ = rows_and_counts(queue)
+        rows = rows_of(queue)
         check_queue(rows, features)
         if isinstance(queue, ClassMemory):
             mean, counts = queue.mean(queue_weight_logits, self.backend)
         else:
-            counts = torch.full((rows.shape[0],), rows.shape[1], dtype=torch.int64, device=rows.device)
+            counts = counts_of(queue)
             mean = memory_mean(rows, counts, queue_weight_logits, self.backend)
         contrast = contrast_over_ranks if self.across_ranks and world_size() > 1 else contrast_with_mean
         output = contrast(
@@ -64,7 +63,7 @@ class PositiveLoss(nn.Module):
             backend=self.backend,
         )
         if self.on_empty == "zero":
-            warn_once(self, "" if torch.compiler.is_compiling() else why_no_pairs(output.counts, counts))
+            warn_once(self, why_no_pairs(output.counts, counts) if readable(counts) else "")
         if not return_stats and self.on_empty == "zero":
             return output.loss
         taking_part = (output.counts >= MIN_ROWS) & (counts >= MIN_ROWS)
@@ -75,3 +74,14 @@ class PositiveLoss(nn.Module):
         similarity = torch.where(taking_part, 1 - output.class_loss, float("nan"))
         capacity = queue.total_capacity if isinstance(queue, ClassMemory) else rows.shape[1]
         return output.loss, ContrastStats(output.counts, similarity, counts / capacity)
+
+
+def why_no_pairs(counts: Tensor, rows: Tensor) -> str:
+    """Why no class takes part, from pixels and memory rows of each class ``[C]``; "" if one does, and for an empty
+    memory, which is usual at the start."""
+    if ((counts >= MIN_ROWS) & (rows >= MIN_ROWS)).any() or not rows.any():
+        return ""
+    if not counts.any():
+        return "no pixel has a label that is a class and not ignore_index"
+    pixels, filled = ((number >= MIN_ROWS).nonzero()[:8, 0].tolist() for number in (counts, rows))
+    return f"no class has {MIN_ROWS} pixels and {MIN_ROWS} memory rows: pixels of {pixels}, rows of {filled}"

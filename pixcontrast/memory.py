@@ -37,8 +37,8 @@ class ClassMemory(nn.Module):
         counts: ``[C]`` int64, valid rows of each class.
         cursors: ``[C]`` int64, where the next row of each class goes.
         rejected: scalar int64, not part of ``state_dict``: rows that were not stored because their score or their norm
-            is not finite, since the module was made or cleared. With ``sync="gather"``, scores count on their own rank
-            and norms on every rank.
+            is not finite, since the module was made or cleared. With ``sync="gather"``, a score is counted by the rank
+            that pushed it, and a norm by every rank.
     """
 
     rows: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .checks import check_maps
 from .loss import VARIANTS
 from .memory import ClassMemory
 from .reference import accumulation_dtype, unit_rows
@@ -97,16 +98,7 @@ class PixelQueues(nn.Module):
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit, named.
         """
-        if embedding.dim() != 4 or embedding.shape[1] != self.pixels.dim:
-            raise ValueError(
-                f"PixelQueues.update: embedding must be [B, {self.pixels.dim}, h, w], got {tuple(embedding.shape)}"
-            )
-        if labels.dim() != 3 or labels.shape[0] != embedding.shape[0]:
-            raise ValueError(
-                f"PixelQueues.update: labels must be [B={embedding.shape[0]}, H, W], got {tuple(labels.shape)}"
-            )
-        if labels.dtype != torch.int64:
-            raise TypeError(f"PixelQueues.update: labels must be int64, got {labels.dtype}; use labels.long()")
+        check_maps("PixelQueues.update", "embedding", embedding, labels, self.pixels.dim)
         if self.variant == "released":
             self._update_released(embedding, labels, generator)
             return

@@ -86,7 +86,7 @@ def gather_pixels(features: Tensor, index: Tensor) -> Tensor:
     pixels = as_rows(features)
     found = (index >= 0) & (index < pixels.shape[0])
     if pixels.shape[0] == 0:
-        pixels = pad(pixels, (0, 0, 0, 1))  # something to point at
+        pixels = pad(pixels, (0, 0, 0, 1))  # so that index 0 exists
     return torch.where(found[:, None], pixels[torch.where(found, index, 0)], 0)
 
 

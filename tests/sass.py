@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cusim.build import CUDA_HOME, ROOT, cached, nvcc, text_of
+from cusim.build import CUDA_HOME, ROOT, cached, compilers, nvcc, text_of
 
 SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10}  # bytes of a multiprocessor
@@ -56,7 +55,7 @@ def cuobjdump() -> str | None:
 
 def compile_all() -> dict[tuple[Path, str], Future[Path]]:
     """A cubin for each source and architecture; ``CompileError`` for warnings, spills and local memory as well."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(compilers()) as pool:
         jobs = [(source, architecture) for source in SOURCES for architecture in SHARED_MEMORY]
         return {job: pool.submit(compile_kernels, *job) for job in jobs}
 

@@ -152,7 +152,7 @@ def test_three_times_the_work_is_reported_as_three_times_slower(monkeypatch) -> 
 
 
 def test_the_clock_goes_on_while_a_step_sleeps() -> None:
-    assert 0.02 <= CpuClock().seconds(lambda: time.sleep(0.02) or {}) < 2
+    assert 0.02 <= CpuClock().seconds(lambda: time.sleep(0.02) or {}) < 20  # milliseconds would be more
 
 
 def test_contenders_take_turns_and_slow_ones_stop_early() -> None:

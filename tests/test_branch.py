@@ -75,7 +75,7 @@ def test_remember_keeps_the_rows_that_the_rules_say(variant: str) -> None:
         ranked = projected if variant == "released" else normalize(expected_heads.predict(projected), dim=1)
     for c in range(CLASSES):
         member = (label == c).nonzero()[:, 0].tolist()
-        scores = plain_selector(expected_heads.select_features, c)(ranked[member])[:, 0]
+        scores = plain_selector(expected_heads.select_features, c)(ranked[member])[:, 0].detach()
         order = sorted(range(len(member)), key=lambda k: float(scores[k]), reverse=variant == "paper")
         if variant == "released":  # D2: the lowest scores, and a quota for the whole batch
             chosen = order[: 2 * 3]

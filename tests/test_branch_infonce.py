@@ -137,6 +137,7 @@ def test_dense_is_the_loss_on_the_projected_map() -> None:
     torch.testing.assert_close(branch(features, labels, predict, generator=generator()), expected)
 
 
+@pytest.mark.filterwarnings("ignore:PixelContrastLoss. the loss is 0")  # nothing is labelled
 def test_nothing_labelled_gives_a_connected_zero_and_keeps_the_statistics() -> None:
     branch = make_branch()
     features = torch.randn(2, CHANNELS, 9, 8, requires_grad=True)

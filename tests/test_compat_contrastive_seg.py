@@ -150,6 +150,7 @@ def test_contrast_that_does_not_count_cannot_do_harm() -> None:
     assert loss.isfinite() and grad_seg.abs().sum() > 0 and torch.equal(grad_embed, torch.zeros_like(grad_embed))
 
 
+@pytest.mark.filterwarnings("ignore:PixelContrastLoss. the loss is 0")  # nothing is labelled
 @pytest.mark.parametrize("with_embed", [False, True])
 def test_a_batch_without_labels_gives_a_connected_zero(with_embed: bool) -> None:
     preds, target = make_batch()

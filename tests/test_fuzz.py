@@ -146,6 +146,7 @@ def test_queues_of_the_released_variant_stay_finite() -> None:
     assert [int(part.rejected) for part in queues.parts()] == [1, 4]
 
 
+@pytest.mark.filterwarnings("ignore:PixelContrastLoss. the loss is 0")  # there are no pixels
 @pytest.mark.parametrize("objective", ["positive", "infonce"])
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_branch_takes_maps_without_pixels(objective: str, dense: bool) -> None:

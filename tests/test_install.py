@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from pixcontrast import ops
 
 ROOT = Path(__file__).parent.parent
 EXTENSION = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+NEEDS_A_CHECKOUT = re.compile(
+    r"tests/(train|examples|mutate)/|tests/test_(benchmarks|cuda_graphs|features|gpu_|mutate|nodes|readme)|.*launches_cuda"
+)
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 
 
@@ -53,6 +57,8 @@ def test_a_source_distribution_is_the_same_on_every_machine(checkout: Path, tmp_
     no_torch.mkdir()
     (no_torch / "torch.py").write_text("raise ImportError('none')\n")
     files = tracked("csrc", "pixcontrast", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+    files += [path for path in tracked("tests") if not NEEDS_A_CHECKOUT.match(path)]
+    assert {"csrc/infonce/cuda.cu", "tests/test_infonce.py", "tests/cusim/instructions.cu"} <= {*files}
     generated = {"PKG-INFO", "setup.cfg", "CHANGELOG.md"}
     environments = [{"PIXCONTRAST_CUDA": "0"}, {"PIXCONTRAST_CUDA": "1"}, {"PYTHONPATH": str(no_torch)}]
     for number, environment in enumerate(environments):
@@ -66,6 +72,13 @@ def test_a_source_distribution_is_the_same_on_every_machine(checkout: Path, tmp_
             content = archive.extractfile(info)
             assert content is not None and "Requires-Dist: torch>=2.10\n" in content.read().decode()
         assert {name for name in names if not name.startswith("pixcontrast.egg-info/")} == {*files, *generated}
+    with tarfile.open(next(made.glob("*.tar.gz"))) as archive:
+        archive.extractall(made, filter="data")
+    (unpacked,) = (path.parent for path in made.glob("*/setup.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}
+    collected = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True)
+    assert collected.returncode == 0 and "tests/test_infonce.py::" in collected.stdout, collected.stdout[-2000:]
 
 
 def test_a_wheel_holds_the_package_alone_and_needs_the_torch_of_its_build(checkout: Path, tmp_path: Path) -> None:

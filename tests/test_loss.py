@@ -60,7 +60,8 @@ def test_loss_weight_is_a_factor_of_loss_and_gradient() -> None:
 def test_nothing_to_contrast() -> None:
     features, labels, memory = make_inputs()
     labels.fill_(255)
-    assert PixelContrastLoss(objective="positive", ignore_index=255)(features, labels, queue=memory).item() == 0
+    with pytest.warns(UserWarning, match="the loss is 0: no pixel has a label"):
+        assert PixelContrastLoss(objective="positive", ignore_index=255)(features, labels, queue=memory).item() == 0
     with pytest.raises(ValueError, match="no class takes part: it needs two pixels"):
         PixelContrastLoss(objective="positive", ignore_index=255, on_empty="raise")(features, labels, queue=memory)
 

@@ -127,6 +127,7 @@ def truth(case: Case, features: Tensor) -> tuple[Tensor, float]:
     return loss * case.options["loss_weight"], float(logits.max()) if logits.numel() else 0.0
 
 
+@pytest.mark.filterwarnings("ignore:PixelContrastLoss. the loss is 0")  # of some cases it is
 @pytest.mark.parametrize("seed", SEEDS)
 def test_agrees_with_single_pairs(seed: int) -> None:
     case = make_case(seed)

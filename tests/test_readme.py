@@ -108,6 +108,7 @@ NAMES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:PixelContrastLoss. the loss is 0")  # the maps here are small
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path) -> None:
     names: dict[str, Any] = NAMES[page.name]()

@@ -19,6 +19,7 @@ def losses(criterion: PixelContrastLoss, labels: Tensor = LABELS, times: int = 2
         warnings.simplefilter("always")
         for _ in range(times):
             assert criterion(torch.randn(1, 6, 8, 8), labels, **arguments) == 0
+    assert all(warning.filename == __file__ for warning in caught)  # the caller's line, not one of PyTorch
     return [str(warning.message) for warning in caught]
 
 

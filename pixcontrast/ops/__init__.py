@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("auto", "extension", "reference")
 
 REBUILD = "pip install --no-build-isolation ."
@@ -56,6 +59,11 @@ except ImportError as error:
 def available() -> bool:
     """Whether the compiled extension could be loaded."""
     return _C is not None
+
+
+def fake(operator: str) -> Callable[[Function], Function]:
+    """Makes the decorated function the fake implementation of an operator of the extension, if that could be loaded."""
+    return torch.library.register_fake(f"pixcontrast::{operator}") if available() else lambda function: function
 
 
 def missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:

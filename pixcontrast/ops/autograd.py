@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..checks import readable
-from . import available
+from . import fake
 
 Gradients = tuple[Tensor | None, ...]
 
 
 def keep_connected(ctx: Any, *inputs: Tensor | None) -> None:
-    """For :func:`differentiable_once`, where forward saves no inputs: tensors without elements that depend on them."""
+    """Saves empty tensors that depend on ``inputs``: where forward saves no inputs, :func:`differentiable_once` needs
+    them."""
     if not torch.compiler.is_compiling():
         with torch.enable_grad():  # a clone, because a slice would keep the memory of its input
             ctx.connected = [x[:0].clone() for x in inputs if x is not None and x.requires_grad]
@@ -26,8 +27,8 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     """Makes a second differentiation an error. ``backward`` gets ``ctx``, ``ctx.saved_tensors`` and what comes in.
 
     PyTorch's ``once_differentiable`` does so only where ``grad_output`` needs a gradient, which that of a plain loss
-    does not: a gradient penalty would silently get the gradient of its other terms. What is returned depends on the
-    inputs that were saved, because ``torch.autograd.grad`` runs only what leads to the inputs that it is given.
+    does not: a gradient penalty would silently get the gradient of its other terms. ``torch.autograd.grad`` runs only
+    the nodes that lead to the inputs it is given, so the node of the error must lead to every input of forward.
     """
 
     @wraps(backward)
@@ -103,8 +104,6 @@ def unscaled_grad(features: Tensor) -> Tensor:
     return torch.empty_like(features, dtype=torch.float32 if features.dtype == torch.float16 else None)
 
 
-if available():
-
-    @torch.library.register_fake("pixcontrast::scale_")
-    def _(tensors: list[Tensor], factor: Tensor) -> None:
-        return None
+@fake("scale_")
+def _(tensors: list[Tensor], factor: Tensor) -> None:
+    return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_float, check_int64, check_like
-from . import available, uses_extension
+from . import fake, uses_extension
 from .autograd import differentiable_once
 
 
@@ -62,12 +62,11 @@ class MemoryMean(torch.autograd.Function):
         return None, None, torch.ops.pixcontrast.class_mean_backward(grad_mean, queue, counts, weight_logits)
 
 
-if available():
+@fake("class_mean")
+def _(queue: Tensor, counts: Tensor, weight_logits: Tensor | None) -> Tensor:
+    return queue.new_empty((queue.shape[0], queue.shape[2]), dtype=reference.accumulation_dtype(queue.dtype))
 
-    @torch.library.register_fake("pixcontrast::class_mean")
-    def _(queue: Tensor, counts: Tensor, weight_logits: Tensor | None) -> Tensor:
-        return queue.new_empty((queue.shape[0], queue.shape[2]), dtype=reference.accumulation_dtype(queue.dtype))
 
-    @torch.library.register_fake("pixcontrast::class_mean_backward")
-    def _(grad_mean: Tensor, queue: Tensor, counts: Tensor, weight_logits: Tensor) -> Tensor:
-        return torch.empty_like(weight_logits, memory_format=torch.contiguous_format)
+@fake("class_mean_backward")
+def _(grad_mean: Tensor, queue: Tensor, counts: Tensor, weight_logits: Tensor) -> Tensor:
+    return torch.empty_like(weight_logits, memory_format=torch.contiguous_format)

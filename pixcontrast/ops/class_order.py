@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int64
-from . import available, uses_extension
+from ..select import labels_at
+from . import fake, uses_extension
 
 
 class Segments(NamedTuple):
@@ -85,9 +86,7 @@ def valid_labels_at(
         raise ValueError(f"labels must have a pixel for each cell of {height} x {width}, got {tuple(labels.shape)}")
     if uses_extension(backend, labels.device, labels.dtype):
         return torch.ops.pixcontrast.labels_at(labels, height, width, num_classes, ignore_index)
-    rows = torch.arange(height, device=labels.device) * labels.shape[1] // max(height, 1)
-    columns = torch.arange(width, device=labels.device) * labels.shape[2] // max(width, 1)
-    picked = labels[:, rows[:, None], columns]
+    picked = labels_at(labels, size)
     return torch.where((picked >= 0) & (picked < num_classes) & (picked != ignore_index), picked, -1)
 
 
@@ -99,14 +98,13 @@ def _check(labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"labels must have fewer than 2^31 elements, got {labels.numel()}")
 
 
-if available():
+@fake("labels_at")
+def _(labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int) -> Tensor:
+    return labels.new_empty((labels.shape[0], height, width))
 
-    @torch.library.register_fake("pixcontrast::labels_at")
-    def _(labels: Tensor, height: int, width: int, num_classes: int, ignore_index: int) -> Tensor:
-        return labels.new_empty((labels.shape[0], height, width))
 
-    @torch.library.register_fake("pixcontrast::class_order")
-    def _(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        sizes = (labels.numel(), labels.numel(), num_classes, num_classes, 1)
-        order, sorted_labels, start, count, total = (labels.new_empty(size) for size in sizes)
-        return order, sorted_labels, start, count, total
+@fake("class_order")
+def _(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sizes = (labels.numel(), labels.numel(), num_classes, num_classes, 1)
+    order, sorted_labels, start, count, total = (labels.new_empty(size) for size in sizes)
+    return order, sorted_labels, start, count, total

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_features, check_int64, check_like, check_range
-from . import available, uses_extension
+from . import fake, uses_extension
 from .autograd import differentiable_once
 
 
@@ -55,17 +55,12 @@ class GatherPixels(torch.autograd.Function):
         return torch.ops.pixcontrast.scatter_pixels(grad, *saved), None
 
 
-def _empty_like_features(features: Tensor) -> Tensor:
+@fake("gather_pixels")
+def _(features: Tensor, index: Tensor) -> Tensor:
+    return features.new_empty((index.shape[0], features.shape[1]))
+
+
+@fake("scatter_pixels")
+def _(grad: Tensor, index: Tensor, features: Tensor) -> Tensor:
     channels_last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(features, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-if available():
-
-    @torch.library.register_fake("pixcontrast::gather_pixels")
-    def _(features: Tensor, index: Tensor) -> Tensor:
-        return features.new_empty((index.shape[0], features.shape[1]))
-
-    @torch.library.register_fake("pixcontrast::scatter_pixels")
-    def _(grad: Tensor, index: Tensor, features: Tensor) -> Tensor:
-        return _empty_like_features(features)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import available, uses_extension
+from . import fake, uses_extension
 from .autograd import differentiable_once
 
 
@@ -52,12 +52,11 @@ class GroupedLinear(torch.autograd.Function):
         return grad_rows, grad_weight, None, None
 
 
-if available():
+@fake("grouped_linear")
+def _(rows: Tensor, start: Tensor | None, count: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[1]))
 
-    @torch.library.register_fake("pixcontrast::grouped_linear")
-    def _(rows: Tensor, start: Tensor | None, count: Tensor, weight: Tensor) -> Tensor:
-        return rows.new_empty((rows.shape[0], weight.shape[1]))
 
-    @torch.library.register_fake("pixcontrast::grouped_outer")
-    def _(left: Tensor, right: Tensor, start: Tensor | None, count: Tensor) -> Tensor:
-        return left.new_empty((count.shape[0], left.shape[1], right.shape[1]))
+@fake("grouped_outer")
+def _(left: Tensor, right: Tensor, start: Tensor | None, count: Tensor) -> Tensor:
+    return left.new_empty((count.shape[0], left.shape[1], right.shape[1]))

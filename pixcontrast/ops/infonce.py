@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_excluded, check_features, check_int64, check_key_count, check_like, check_queue
 from ..select import Anchors
-from . import available, uses_extension
+from . import fake, uses_extension
 from .autograd import differentiable_once, keep_connected, scaled, unscaled_grad
 
 
@@ -119,7 +119,7 @@ class InfoNCE(torch.autograd.Function):
         ctx.dtype = features.dtype
         ctx.inputs = 7 + len(queues_and_counts)
         ctx.mark_non_differentiable(anchor_loss, positives)
-        ctx.set_materialize_grads(False)  # no zeros for these
+        ctx.set_materialize_grads(False)  # allocates no zeros for outputs without gradient
         return loss, anchor_loss, positives
 
     @staticmethod
@@ -129,25 +129,23 @@ class InfoNCE(torch.autograd.Function):
         return features, *[None] * (ctx.inputs - 1)
 
 
-if available():
-
-    @torch.library.register_fake("pixcontrast::infonce")
-    def _(
-        features: Tensor,
-        index: Tensor,
-        labels: Tensor,
-        queues: list[Tensor],
-        counts: list[Tensor],
-        excluded: Tensor | None,
-        temperature: float,
-        base_temperature: float,
-        loss_weight: float,
-        features_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dtype = reference.accumulation_dtype(features.dtype)
-        return (
-            features.new_empty((), dtype=dtype),
-            features.new_empty(index.shape, dtype=dtype),
-            torch.empty_like(index),
-            unscaled_grad(features) if features_grad else features.new_empty(0),
-        )
+@fake("infonce")
+def _(
+    features: Tensor,
+    index: Tensor,
+    labels: Tensor,
+    queues: list[Tensor],
+    counts: list[Tensor],
+    excluded: Tensor | None,
+    temperature: float,
+    base_temperature: float,
+    loss_weight: float,
+    features_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(features.dtype)
+    return (
+        features.new_empty((), dtype=dtype),
+        features.new_empty(index.shape, dtype=dtype),
+        torch.empty_like(index),
+        unscaled_grad(features) if features_grad else features.new_empty(0),
+    )

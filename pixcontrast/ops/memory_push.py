@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import available, uses_extension
+from . import fake, uses_extension
 from .class_order import Segments
 
 
@@ -105,14 +105,13 @@ def best_rows(
     return segment_topk(scores, index.reshape(-1), start, torch.full_like(start, size), width, backend=backend)
 
 
-if available():
+@fake("segment_topk")
+def _(
+    scores: Tensor | None, order: Tensor | None, start: Tensor, count: Tensor, k: int, rejected: Tensor | None
+) -> Tensor:
+    return start.new_empty((start.shape[0], k))
 
-    @torch.library.register_fake("pixcontrast::segment_topk")
-    def _(
-        scores: Tensor | None, order: Tensor | None, start: Tensor, count: Tensor, k: int, rejected: Tensor | None
-    ) -> Tensor:
-        return start.new_empty((start.shape[0], k))
 
-    @torch.library.register_fake("pixcontrast::memory_write")
-    def _(rows: Tensor, counts: Tensor, cursors: Tensor, rejected: Tensor, source: Tensor, index: Tensor) -> None:
-        return None
+@fake("memory_write")
+def _(rows: Tensor, counts: Tensor, cursors: Tensor, rejected: Tensor, source: Tensor, index: Tensor) -> None:
+    return None

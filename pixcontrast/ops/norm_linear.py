@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import available, uses_extension
+from . import fake, uses_extension
 from .autograd import differentiable_once
 
 
@@ -119,36 +119,38 @@ class NormLinear(torch.autograd.Function):
         return hidden, hidden_bias, norm_weight, norm_bias, weight, bias, *[None] * 8
 
 
-if available():
+@fake("norm_stats")
+def _(
+    hidden: Tensor,
+    order: Tensor | None,
+    start: Tensor | None,
+    count: Tensor,
+    hidden_bias: Tensor,
+    running_mean: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = running_mean.new_empty((count.shape[0], hidden.shape[1]))
+    return mean, torch.empty_like(mean), running_mean.new_empty(count.shape)
 
-    @torch.library.register_fake("pixcontrast::norm_stats")
-    def _(
-        hidden: Tensor,
-        order: Tensor | None,
-        start: Tensor | None,
-        count: Tensor,
-        hidden_bias: Tensor,
-        running_mean: Tensor,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean = running_mean.new_empty((count.shape[0], hidden.shape[1]))
-        return mean, torch.empty_like(mean), running_mean.new_empty(count.shape)
 
-    @torch.library.register_fake("pixcontrast::norm_linear")
-    def _(hidden: Tensor, *arguments: Any) -> Tensor:
-        weight, _bias = arguments[-2:]
-        return hidden.new_empty((hidden.shape[0], weight.shape[0]))
+@fake("norm_linear")
+def _(hidden: Tensor, *arguments: Any) -> Tensor:
+    weight, _bias = arguments[-2:]
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]))
 
-    @torch.library.register_fake("pixcontrast::norm_dot")
-    def _(hidden: Tensor, *arguments: Any) -> Tensor:
-        return arguments[-1].new_empty(hidden.shape[:1])
 
-    def _gradients(grad_out: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        count, norm_weight, weight = arguments[2], arguments[6], arguments[9]
-        dense = grad_out.dim() == 2
-        bias = weight.new_empty(weight.shape[:1] if dense else count.shape)
-        of_norm = [norm_weight.new_empty(norm_weight.shape) for _ in range(3)]
-        return hidden.new_empty(hidden.shape), *of_norm, weight.new_empty(weight.shape), bias
+@fake("norm_dot")
+def _(hidden: Tensor, *arguments: Any) -> Tensor:
+    return arguments[-1].new_empty(hidden.shape[:1])
 
-    torch.library.register_fake("pixcontrast::norm_linear_backward")(_gradients)
-    torch.library.register_fake("pixcontrast::norm_dot_backward")(_gradients)
+
+def _gradients(grad_out: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    count, norm_weight, weight = arguments[2], arguments[6], arguments[9]
+    dense = grad_out.dim() == 2
+    bias = weight.new_empty(weight.shape[:1] if dense else count.shape)
+    of_norm = [norm_weight.new_empty(norm_weight.shape) for _ in range(3)]
+    return hidden.new_empty(hidden.shape), *of_norm, weight.new_empty(weight.shape), bias
+
+
+fake("norm_linear_backward")(_gradients)
+fake("norm_dot_backward")(_gradients)

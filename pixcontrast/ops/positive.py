@@ -17,7 +17,7 @@ from ..checks import (
     check_queue,
     readable,
 )
-from . import available, uses_extension
+from . import fake, uses_extension
 from .autograd import differentiable_once, keep_connected, scaled, unscaled_grad
 from .class_mean import memory_mean
 
@@ -121,7 +121,7 @@ def contrast_with_mean(
         check_like("weight_logits", weight_logits, shape, features.device)
         check_float("weight_logits", weight_logits)
         weight_logits = weight_logits.to(mean.dtype)
-    if not torch.is_grad_enabled():  # a Function is told of leaves that want a gradient all the same
+    if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         features, mean = features.detach(), mean.detach()
         weight_logits = None if weight_logits is None else weight_logits.detach()
     if uses_extension(backend, features.device, features.dtype):
@@ -162,7 +162,7 @@ class Positive(torch.autograd.Function):
         keep_connected(ctx, features, weight_logits, mean)
         ctx.dtype = features.dtype
         ctx.mark_non_differentiable(class_loss, pixels, unknown)
-        ctx.set_materialize_grads(False)  # no zeros for these
+        ctx.set_materialize_grads(False)  # allocates no zeros for outputs without gradient
         return loss, class_loss, pixels, unknown
 
     @staticmethod
@@ -172,29 +172,27 @@ class Positive(torch.autograd.Function):
         return features, None, weight_logits, mean, None, None, None
 
 
-if available():
-
-    @torch.library.register_fake("pixcontrast::positive")
-    def _(
-        features: Tensor,
-        labels: Tensor,
-        weight_logits: Tensor | None,
-        mean: Tensor,
-        memory_counts: Tensor,
-        loss_weight: float,
-        ignore_index: int,
-        features_grad: bool,
-        weight_logits_grad: bool,
-        mean_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        classes = mean.shape[0]
-        dtype = reference.accumulation_dtype(features.dtype)
-        return (
-            features.new_empty((), dtype=dtype),
-            features.new_empty((classes,), dtype=dtype),
-            labels.new_empty((classes,)),
-            labels.new_empty(()),
-            unscaled_grad(features) if features_grad else features.new_empty(0),
-            features.new_empty(labels.shape if weight_logits_grad else 0, dtype=dtype),
-            torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
-        )
+@fake("positive")
+def _(
+    features: Tensor,
+    labels: Tensor,
+    weight_logits: Tensor | None,
+    mean: Tensor,
+    memory_counts: Tensor,
+    loss_weight: float,
+    ignore_index: int,
+    features_grad: bool,
+    weight_logits_grad: bool,
+    mean_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    classes = mean.shape[0]
+    dtype = reference.accumulation_dtype(features.dtype)
+    return (
+        features.new_empty((), dtype=dtype),
+        features.new_empty((classes,), dtype=dtype),
+        labels.new_empty((classes,)),
+        labels.new_empty(()),
+        unscaled_grad(features) if features_grad else features.new_empty(0),
+        features.new_empty(labels.shape if weight_logits_grad else 0, dtype=dtype),
+        torch.empty_like(mean) if mean_grad else features.new_empty(0, dtype=dtype),
+    )

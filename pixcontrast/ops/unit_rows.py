@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import available, uses_extension
+from . import fake, uses_extension
 
 
 @torch.no_grad()
@@ -22,8 +22,6 @@ def unit_rows(rows: Tensor, backend: str = "auto") -> Tensor:
     return reference.unit_rows(rows)
 
 
-if available():
-
-    @torch.library.register_fake("pixcontrast::unit_rows")
-    def _(rows: Tensor) -> Tensor:
-        return rows.new_empty(rows.shape)
+@fake("unit_rows")
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape)

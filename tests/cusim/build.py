@@ -56,6 +56,11 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which(CUDA_HOME / "bin" / "nvcc")
 
 
+def compilers() -> int:
+    """How many to run at once: the processors, shared by the processes of pytest-xdist."""
+    return max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)), 1)
+
+
 def missing() -> str | None:
     """What this machine lacks to compile and run the kernels, if anything."""
     if "gpu" in RUN_ON:
@@ -85,7 +90,8 @@ class Build:
 def _builds() -> dict[str, Build]:
     """Those that tests are to run on, by name."""
     includes = [f"-I{folder}" for folder in INCLUDES]
-    gnu = (CXX, "-std=c++17", "-g", "-fPIC", *DEFINES, *includes, f"-isystem{cuda_headers()}", "-xc++")
+    # -g1: line numbers and inlined calls are all that reports name; a fifth less to compile
+    gnu = (CXX, "-std=c++17", "-g1", "-fPIC", *DEFINES, *includes, f"-isystem{cuda_headers()}", "-xc++")
     asan = (*gnu, "-O1", "-DCUSIM_ASAN", "-fno-sanitize-recover=undefined")
     # The compiler reports every access to race_callbacks.cpp, in place of its own thread sanitizer.
     race = (*gnu, "-O1", "-DCUSIM_RACE", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=undefined")
@@ -125,7 +131,7 @@ BUILDS = _builds()
 class Libraries:
     """The shared library of some sources in each build; compilation begins at once, in the background."""
 
-    _compilers = ThreadPoolExecutor(os.cpu_count() or 1)
+    _compilers = ThreadPoolExecutor(compilers())
 
     def __init__(self, name: str, sources: list[Path]) -> None:
         self.name = name
@@ -214,8 +220,8 @@ def compile_all(names: list[str]) -> int:
     wanted = [source for source, name in kernel_sources().items() if not names or name in names]
     jobs = [(source, build.kernel) for build in BUILDS.values() for source in wanted]
     jobs += [(source, build.runtime) for build in BUILDS.values() for source in build.sources]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as compilers:
-        for result in compilers.map(lambda job: compile_object(*job), jobs):
+    with ThreadPoolExecutor(compilers()) as pool:
+        for result in pool.map(lambda job: compile_object(*job), jobs):
             print(result.name, flush=True)
     return len(jobs)
 

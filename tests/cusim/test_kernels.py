@@ -55,8 +55,8 @@ def test_errors_end_the_call_and_not_the_next_one(small: Kernels, monkeypatch: p
         small.run(Way("race", 0), "answer", np.zeros(1, np.int32))
     with pytest.raises(KernelError, match="undefined symbol: unknown"):
         small.run(PLAIN, "unknown")
-    monkeypatch.setattr(kernels, "SECONDS", 0.5)
-    with pytest.raises(KernelError, match="no answer within"):
+    with monkeypatch.context() as patient, pytest.raises(KernelError, match="no answer within"):
+        patient.setattr(kernels, "SECONDS", 0.5)
         small.run(PLAIN, "hang")
     small.run(PLAIN, "status", 0)
 

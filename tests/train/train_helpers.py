@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import train.loop
 from train.checkpoint import read_checkpoint
 from train.config import FitConfig
 from train.data.dataset import SegmentationDataset
@@ -47,6 +48,18 @@ def quietly(target: Callable[..., None], *arguments: Any) -> None:
     """Run in another process without progress bars, which pytest would not capture there."""
     with redirect_stderr(io.StringIO()):
         target(*arguments)
+
+
+def before_step(step: int, action: Callable[[Any], None]) -> Callable[..., Any]:
+    """A training step that calls ``action`` with the training before step ``step`` (from 0)."""
+    original = train.loop.training_step
+
+    def changed(t: Any, *batches: Any) -> Any:
+        if t.step == step:
+            action(t)
+        return original(t, *batches)
+
+    return changed
 
 
 def in_folder(config: FitConfig, out: Path, **changes: Any) -> FitConfig:

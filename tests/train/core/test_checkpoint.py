@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 from tqdm import tqdm
-from train_helpers import assert_same_state, in_folder, quietly
+from train_helpers import assert_same_state, before_step, in_folder, quietly
 
+import train.loop
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import from_plain, to_plain
@@ -32,8 +33,15 @@ from train.session import open_session
 from train.step import training_step
 
 
-def train_in_process(config: FitConfig) -> None:
-    """Train; after an interrupt, leave its message beside the run and exit with its status."""
+def train_in_process(config: FitConfig, sent: Path) -> None:
+    """Train, but not beyond step 12 before ``sent`` is there; after an interrupt, leave its message beside the run and
+    exit with its status."""
+
+    def wait(_: object) -> None:
+        while not sent.exists():
+            time.sleep(0.01)
+
+    train.loop.training_step = before_step(12, wait)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # one between processes would leak when this one is killed
     try:
@@ -45,7 +53,7 @@ def train_in_process(config: FitConfig) -> None:
 
 def wait_for_step(config: FitConfig, step: int, process: BaseProcess) -> None:
     """Until the run has logged ``step``."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while all(record["step"] < step for record in read_metrics(config.run.out)):
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
@@ -62,12 +70,13 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     long: FitConfig, tmp_path: Path, sent: signal.Signals, processes: BaseContext
 ):
     whole, broken = in_folder(long, tmp_path / "whole"), in_folder(long, tmp_path / "broken")
-    process = processes.Process(target=quietly, args=(train_in_process, broken))
+    process = processes.Process(target=quietly, args=(train_in_process, broken, tmp_path / "sent"))
     process.start()
     wait_for_step(broken, 8, process)
     assert process.pid is not None
     os.kill(process.pid, sent)
-    process.join(60)
+    (tmp_path / "sent").touch()
+    process.join(600)
     steps = read_checkpoint(broken.run.out / "last.pt")["training"]["step"]
     if sent == signal.SIGKILL:
         assert process.exitcode == -signal.SIGKILL and 6 <= steps < 14

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from tqdm import tqdm
-from train_helpers import ROOT, assert_same_state, error_of, in_folder, quietly
+from train_helpers import ROOT, assert_same_state, before_step, error_of, in_folder, quietly
 
 import train.loop
 from train.checkpoint import read_checkpoint
@@ -42,18 +42,6 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
-def before_step(step: int, action: Callable[[Any], None]) -> Callable[..., Any]:
-    """A training step that calls ``action`` with the training before step ``step`` (from 0)."""
-    original = train.loop.training_step
-
-    def changed(t: Any, *batches: Any) -> Any:
-        if t.step == step:
-            action(t)
-        return original(t, *batches)
-
-    return changed
-
-
 def fit_until(config: FitConfig, step: int, action: Callable[[], None]) -> None:
     """In a process of its own: train, call ``action`` before a step, and leave the error in a file beside the run."""
     torch.set_num_threads(1)
@@ -72,7 +60,7 @@ def run_process(processes: BaseContext, target: Callable[..., None], *arguments:
     """Exit code of a process that calls ``target`` without progress bars."""
     process = processes.Process(target=quietly, args=(target, *arguments))
     process.start()
-    process.join(120)
+    process.join(600)
     if process.is_alive():
         process.kill()
     return process.exitcode

@@ -158,7 +158,7 @@ def run_all(processes: BaseContext, target: Callable[..., None], arguments: list
     for process in started:
         process.start()
     for process in started:
-        process.join(300)
+        process.join(600)
     assert [process.exitcode for process in started] == [0] * len(arguments)
 
 
@@ -290,27 +290,27 @@ def _as_torchrun_starts_it(number: int, port: str, arguments: list[str], output:
 
 def test_torchrun_trains_stops_and_goes_on(tmp_path: Path, processes: BaseContext):
     """On the built-in tiles. The SIGTERM of a scheduler reaches torchrun, which passes it on, as it does Ctrl-C."""
-    out = tmp_path / "run"
+    out, steps = tmp_path / "run", 24  # enough that the signal arrives before the end on a busy machine
     arguments = ["fit", "--out", str(out), "--crop", "32", "--labelled-batch", "4", *TINY_OPTIONS]
-    arguments += ["--memory-start", "0", "--contrast-start", "0", "--steps", "12", "--log-every", "1"]
+    arguments += ["--memory-start", "0", "--contrast-start", "0", "--steps", str(steps), "--log-every", "1"]
     arguments += ["--memory-sync", "reduce"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     options: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True}
     command = [sys.executable, *launcher, "-m", "train", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while len(read_metrics(out)) < 2:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate(timeout=300)
-    steps = read_checkpoint(out / "last.pt")["training"]["step"]
-    assert first.returncode != 0 and 2 <= steps < 12
-    assert errors.count(f"interrupted after step {steps} of 12") == 1
+    _, errors = first.communicate(timeout=600)
+    done = read_checkpoint(out / "last.pt")["training"]["step"]
+    assert first.returncode != 0 and 2 <= done < steps
+    assert errors.count(f"interrupted after step {done} of {steps}") == 1
     assert "torchrun --nproc-per-node 2 -m train" in errors
 
     port, outputs = free_port(), [tmp_path / f"{number}.txt" for number in range(WORLD)]
     run_all(processes, _as_torchrun_starts_it, [(number, port, arguments, outputs[number]) for number in range(WORLD)])
-    assert [record["step"] for record in read_metrics(out)] == list(range(1, 13))
+    assert [record["step"] for record in read_metrics(out)] == list(range(1, steps + 1))
     assert [output.read_text().count("| **mean** |") for output in outputs] == [1, 0]  # rank 0 alone prints

@@ -143,7 +143,7 @@ def test_random_kills_and_damage(config: FitConfig, undisturbed: Path, seed: int
         process = start(processes, now, None if kind == "second run" else kind, draw.uniform(0.0, 1.5))
         if kind == "second run":
             second_run(ours, process, processes)
-        process.join(120)
+        process.join(600)
         if process.exitcode == 0:
             if kind not in (None, "second run"):
                 happened[f"{kind}: too late"] += 1
@@ -177,9 +177,9 @@ def second_run(config: FitConfig, first: BaseProcess, processes: BaseContext) ->
     while first.is_alive() and len(read_metrics(config.run.out)) <= steps:
         time.sleep(0.01)
     second = start(processes, config, None, 0.0, None, 1)
-    second.join(120)
+    second.join(600)
     if second.exitcode == 0:
-        first.join(120)
+        first.join(600)
         happened["second run: too late"] += 1
     elif first.exitcode == 2:  # of a damaged checkpoint, as this one
         assert "last.pt is damaged" in config.run.out.with_suffix(".1.txt").read_text()
@@ -200,7 +200,7 @@ def test_a_dead_rank(config: FitConfig, seed: int, tmp_path: Path, processes: Ba
             store, delay = tmp_path / f"store {name} {attempt}", draw.uniform(0.0, 0.5)
             ranks = [start(processes, ours, kind if n == dead else None, delay, store, n) for n in range(2)]
             for rank in ranks:
-                rank.join(120)
+                rank.join(600)
             codes = [rank.exitcode for rank in ranks]
             if codes == [0, 0]:
                 break
