@@ -11,13 +11,7 @@
 // No torch header: raw pointers and sizes.
 #pragma once
 
-#include <cstddef>
-
 #include "common/layout.h"
-
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
 
 namespace pixcontrast {
 
@@ -48,8 +42,6 @@ struct InfoNCE {
   int64_t* positives;       // [R] P_i
   void* grad_features;      // like features, but float for half (see GradOf); or null: no gradient
 };
-
-void infonce_cpu(const InfoNCE& args);
 
 #ifdef PIXCONTRAST_WITH_CUDA
 struct InfoNCEDevice {

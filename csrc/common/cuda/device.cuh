@@ -12,7 +12,14 @@
 #include <mutex>
 #include <utility>
 
-// ---- on the host: a workspace in parts, numbers of blocks
+// ---- on the host: errors, dtypes, a workspace in parts, numbers of blocks
+
+// Ends a launcher with the error of the call, if it has one.
+#define CU_TRY(call) \
+  if (const cudaError_t status = (call); status != cudaSuccess) return status
+
+// INSTANTIATE(T) for the dtypes that kernels are compiled for.
+#define CU_FOR_DTYPES(INSTANTIATE) INSTANTIATE(float) INSTANTIATE(__nv_bfloat16) INSTANTIATE(__half)
 
 namespace pixcontrast::cuda {
 
