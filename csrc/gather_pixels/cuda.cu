@@ -56,7 +56,7 @@ struct Run {
   int64_t offset, count;
 };
 
-// That which begins at this position; of no rows if none does.
+// The run that begins at this position; its count is 0 if none begins there.
 template <class T>
 __device__ __forceinline__ Run run_at(const GatherPixels<T>& args, int64_t position) {
   const auto pixel_at = [&](int64_t i) { return args.index[args.order[i]]; };

@@ -1,9 +1,12 @@
-// InfoNCE on the device, each stage a launch or two:
-//   sort, gather       anchors by class, the list of key tiles                              anchors.cuh
-//   negatives, merge   row_max, sum e^(z - row_max) and that of keys; then lse              forward.cuh, in exact
-//   float32, positives, merge   sums of the loss, of sigma(lse - z) and that of keys                 or forward_mma.cuh
+// InfoNCE on the device, each stage a launch or two. The passes over the keys (negatives, positives, pairs) are in
+// forward.cuh in exact float32 and in forward_mma.cuh on tensor cores, the other stages in anchors.cuh.
+//
+//   sort, gather       anchors by class, and the list of key tiles
+//   negatives, merge   row_max, sum e^(z - row_max) and sum e^(z - row_max) k; then lse
+//   positives, merge   sums of the loss, of sigma(lse - z) and of sigma(lse - z) k
 //   pairs              without queues: the gradient of both sides of every pair
-//   mean, scatter      the loss; the gradient, to the pixels of the anchors                 anchors.cuh
+//   mean, scatter      the loss, and the gradient at the pixels of the anchors
+//
 // A pass has as many splits of the keys as fill the device once and leave the workspace below kWorkspaceBytes.
 #include <algorithm>
 

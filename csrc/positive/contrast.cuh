@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 3) contrast_rows(const Positive<T> a
   const int64_t channel_stride = args.layout.channel_stride();
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps * kRows;
 
-  // Lane r looks after row r of the warp, and already after the row it will have in the next turn.
+  // Lane r looks up class and weight of the warp's row r, one iteration ahead.
   int64_t first_pixel = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRows;
   Pixel next = look_up(args, work.share, lane < kRows ? first_pixel + lane : args.layout.pixels);
   for (int64_t block_pixel = first_pixel - warp * kRows; block_pixel < args.layout.pixels; block_pixel += step) {

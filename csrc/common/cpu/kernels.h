@@ -29,7 +29,7 @@ struct Product {
   A* out;
   int64_t out_row;
   bool add;
-  int64_t ahead = 0;  // elements from what is read of left to what is fetched into the cache meanwhile; 0: nothing
+  int64_t ahead = 0;  // prefetch distance in left, in units; 0: no prefetch
 };
 
 // Calls tile(first row, std::integral_constant<int, rows of the tile>) for tiles of much the same size, at most Most.
