@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kThreads) place_rows(const ClassOrder args, co
   CU_SHARED(int, chunk_start, [kMostChunks]);
   CU_SHARED(int, warp_sums, [kWarps]);
   const int of_chunk = threadIdx.x < plan.chunks ? plan.chunk_sums[threadIdx.x] : 0;
-  int sum;
-  chunk_start[threadIdx.x] = block_scan<kWarps>(of_chunk, warp_sums, &sum) - of_chunk;
+  chunk_start[threadIdx.x] = block_scan<kWarps>(of_chunk, warp_sums) - of_chunk;
   __syncthreads();
   const auto position = [&](int64_t at) { return plan.counts[at] + chunk_start[at / plan.chunk]; };
   const Tile tile(plan, counters);

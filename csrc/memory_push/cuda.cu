@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kSelectThreads) segment_topk(const SegmentTopk
       });
       __syncthreads();
       const unsigned digit = kSelectThreads - 1 - thread, count = bins[digit];  // the highest digit first
-      unsigned all;
-      const unsigned up_to_this = block_scan<kSelectWarps>(count, warp_sums, &all);
+      const unsigned up_to_this = block_scan<kSelectWarps>(count, warp_sums);
       if (up_to_this - count < left && left <= up_to_this) {
         found[0] = digit, found[1] = up_to_this - count, found[2] = count;
       }

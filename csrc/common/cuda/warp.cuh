@@ -104,17 +104,17 @@ __device__ __forceinline__ A block_sum(A x, A* scratch) {
   return sum;
 }
 
-// The sum of x over this thread and those before it, and in `sum` over all; `scratch` as above.
+// The sum of x over this thread and those before it, and in `sum`, unless it is null, over all; `scratch` as above.
 template <int kWarps, class A>
-__device__ __forceinline__ A block_scan(A x, A* scratch, A* sum) {
+__device__ __forceinline__ A block_scan(A x, A* scratch, A* sum = nullptr) {
   const int own = threadIdx.x / 32;
   x = warp_scan(x);
   if (threadIdx.x % 32 == 31) scratch[own] = x;
   __syncthreads();
-  *sum = 0;
-  for (int warp = 0; warp < kWarps; ++warp) {
-    x += warp < own ? scratch[warp] : 0;
-    *sum += scratch[warp];
+  for (int warp = 0; warp < own; ++warp) x += scratch[warp];
+  if (sum != nullptr) {
+    *sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) *sum += scratch[warp];
   }
   __syncthreads();
   return x;
