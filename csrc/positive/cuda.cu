@@ -217,10 +217,13 @@ cudaError_t launch_contrast(const Positive<T>& args, PositiveWork work, int64_t 
   if (tile.width > 0) {
     return cu_launch(contrast_maps<T>, grid, dim3(kThreads), shared, stream, args, work, tile.width, tile.stride);
   }
+  const RowPlace place = layout.map_pixels
+                             ? RowPlace{layout.map_pixels, layout.dim * layout.map_pixels, 1, layout.map_pixels}
+                             : RowPlace{0, 0, layout.dim, 1};
   const bool aligned = layout.map_pixels == 0 && layout.dim % kPack<T> == 0 && aligned16(args.features) &&
                        aligned16(args.mean) && aligned16(args.grad_features);
   return with_row_shape<T>(layout.dim, aligned, [&](auto shape) {
-    return cu_launch(contrast_rows<T, decltype(shape)>, grid, dim3(kThreads), shared, stream, args, work);
+    return cu_launch(contrast_rows<T, decltype(shape)>, grid, dim3(kThreads), shared, stream, args, work, place);
   });
 }
 
