@@ -1,8 +1,7 @@
 // The Python module pixcontrast._C: loading it registers the operators; what else it has needs no dispatcher.
 #include <pybind11/pybind11.h>
 
-#include "common/cpu/kept_memory.h"
-#include "common/cpu/kernels.h"
+#include "common/cpu/work.h"
 
 namespace py = pybind11;
 

@@ -35,10 +35,8 @@ BEYOND = {
     "common": {
         "kMostRows kFactors kColumnStep": "tests/test_infonce.py::test_many_tiles_agree_with_the_reference",
         "kLeastBytes kPage": "tests/test_kept_memory.py::test_no_more_is_kept_than_was_once_in_use",
-        "kTile kDepth": CUSIM.format("grouped_linear") + "test_linear",
         "kColumns kLaneElements kRows": CUSIM.format("positive") + "test_rows",
-        "kPack kPacks kHalf kBlocks kBuffer kElements kSharedBytes kStride kThreads": LAYOUT,
-        "kWarpM kWarpN kSlots kWidth": LAYOUT,
+        "kPack kSlots kWidth": LAYOUT,
         "kAllLanes kLeastKey": MEANING,
         "kNormFloor": "tests/test_positive.py::test_zero_rows_count_as_zero_and_get_no_gradient",
     },
@@ -51,6 +49,8 @@ BEYOND = {
         "kBlockRows kSliceOutputs kDepth": "tests/test_grouped_linear.py::"
         + "test_many_rows_give_the_same_bits_with_any_number_of_threads",
         "kPieceRows": CUSIM.format("grouped_linear") + "test_outer",
+        "kTile": CUSIM.format("grouped_linear") + "test_linear",
+        "kPacks kHalf kBlocks kBuffer kElements kSharedBytes kStride kThreads kWarpM kWarpN": LAYOUT,
         "kPairs kPrefetch": MEANING,
     },
     "infonce": {
@@ -91,10 +91,10 @@ BEYOND = {
         "kMostChunk": "-: more than 2^20 pixels a block, so 2^27 on a device; the emulation would take hours",
     },
     "scale": {
+        "kRowWarps": CUSIM.format("scale") + "test_unit_rows",
         "kScaleThreads": CUSIM.format("scale") + "test_scales_both_tensors_and_nothing_around_them",
         "kMostScaled": "-: the operators give as many gradients at most",
     },
-    "unit_rows": {"kRowWarps": CUSIM.format("unit_rows") + "test_unit_rows"},
 }
 
 

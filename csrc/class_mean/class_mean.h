@@ -8,10 +8,6 @@
 
 #include "common/layout.h"
 
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
-
 namespace pixcontrast {
 
 template <class T>

@@ -1,14 +1,10 @@
 // Weighted mean unit row of each class of a memory, and the gradient of its weights: one read of the memory each.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <cmath>
 #include <vector>
 
 #include "class_mean/class_mean.h"
-#include "common/cpu/kernels.h"
-#include "common/cpu/parallel.h"
-#include "common/cpu/rows.h"
+#include "common/cpu/work.h"
 
 namespace pixcontrast {
 namespace {
@@ -120,9 +116,6 @@ void class_mean_backward_cpu(const ClassMean<T>& args) {
 #define INSTANTIATE(T)                               \
   template void class_mean_cpu(const ClassMean<T>&); \
   template void class_mean_backward_cpu(const ClassMean<T>&);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+CPU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

@@ -7,9 +7,7 @@
 #include <algorithm>
 
 #include "class_mean/class_mean.h"
-#include "common/cuda/class_weights.cuh"
-#include "common/cuda/device.cuh"
-#include "common/cuda/rows.cuh"
+#include "common/cuda/classes.cuh"
 
 namespace pixcontrast {
 namespace cuda {
@@ -44,13 +42,7 @@ __device__ __forceinline__ MemoryShare memory_share(const ClassMean<T>& args, in
   const float largest = from_order_key(key), shift = shift_of(largest);
   double total = 0;
   for (int j = threadIdx.x; j < count; j += kThreads) total += score(logits[j], shift);
-  total = warp_sum(total);
-  if (lane == 0) scratch[warp] = total;
-  __syncthreads();
-  total = 0;
-  for (int other = 0; other < kWarps; ++other) total += scratch[other];
-  __syncthreads();
-  return {static_cast<float>(1 / total), shift};
+  return {static_cast<float>(1 / block_sum<kWarps>(total, scratch)), shift};
 }
 
 // Grid: (classes, pieces, chunks of columns). out [C, pieces, D] gets the sum of the block's rows and columns.
@@ -160,11 +152,7 @@ __global__ void __launch_bounds__(kThreads) finish_memory_weights(const ClassMea
   for (int j = threadIdx.x; j < count; j += kThreads) {
     mean += static_cast<double>(share.factor * score(logits[j], share.shift)) * grad[j];
   }
-  mean = warp_sum(mean);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = mean;
-  __syncthreads();
-  mean = 0;
-  for (int other = 0; other < kWarps; ++other) mean += scratch[other];
+  mean = block_sum<kWarps>(mean, scratch);
   for (int64_t j = threadIdx.x; j < args.capacity; j += kThreads) {
     grad[j] = j >= count ? 0.0f
                          : share.factor * score(logits[j], share.shift) * score(-logits[j], 0.0f) *
@@ -196,14 +184,14 @@ cudaError_t class_mean_cuda(const ClassMean<T>& args, void* workspace, cudaStrea
   if (args.classes * args.dim == 0) return cudaSuccess;
   const int64_t pieces = pieces_of(args);
   float* const sums = pieces == 1 ? args.mean : static_cast<float*>(workspace);
-  const auto status = with_shape_of(args, nullptr, [&](auto shape) {
+  CU_TRY(with_shape_of(args, nullptr, [&](auto shape) {
     using Shape = decltype(shape);
     const dim3 grid(static_cast<unsigned>(args.classes), static_cast<unsigned>(pieces),
                     blocks_for(args.dim, Shape::kColumns));
     return cu_launch(sum_rows<T, Shape>, grid, dim3(kThreads), kWarps * Shape::kColumns * sizeof(float), stream, args,
                      sums);
-  });
-  if (status != cudaSuccess || pieces == 1) return status;
+  }));
+  if (pieces == 1) return cudaSuccess;
   return cu_launch(add_pieces, dim3(blocks_for(args.classes * args.dim, kThreads)), dim3(kThreads), 0, stream, sums,
                    args.mean, pieces, args.dim, args.classes * args.dim);
 }
@@ -212,12 +200,11 @@ template <class T>
 cudaError_t class_mean_backward_cuda(const ClassMean<T>& args, cudaStream_t stream) {
   using namespace cuda;
   if (args.classes * args.capacity == 0) return cudaSuccess;
-  const auto status = with_shape_of(args, args.grad_mean, [&](auto shape) {
+  CU_TRY(with_shape_of(args, args.grad_mean, [&](auto shape) {
     using Shape = decltype(shape);
     const dim3 grid(static_cast<unsigned>(args.classes), blocks_for(args.capacity, kWarps * Shape::kRows));
     return cu_launch(project_rows<T, Shape>, grid, dim3(kThreads), 0, stream, args);
-  });
-  if (status != cudaSuccess) return status;
+  }));
   return cu_launch(finish_memory_weights<T>, dim3(static_cast<unsigned>(args.classes)), dim3(kThreads), 0, stream,
                    args);
 }
@@ -226,8 +213,6 @@ cudaError_t class_mean_backward_cuda(const ClassMean<T>& args, cudaStream_t stre
   template size_t class_mean_cuda_workspace(const ClassMean<T>&);                 \
   template cudaError_t class_mean_cuda(const ClassMean<T>&, void*, cudaStream_t); \
   template cudaError_t class_mean_backward_cuda(const ClassMean<T>&, cudaStream_t);
-INSTANTIATE(float)
-INSTANTIATE(__nv_bfloat16)
-INSTANTIATE(__half)
+CU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

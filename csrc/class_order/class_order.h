@@ -2,21 +2,17 @@
 //
 //   labels_at    result[b, y, x] = label if 0 <= label < C and label != ignore_index, else -1
 //                with label = labels[b, floor(y H / h), floor(x W / w)]
-//   class_order  a stable counting sort. order [P] has the positions of class 0 ascending, then those of class 1, and
-//   so
-//                on; those of invalid labels, which lie outside [0, C), come last. sorted_labels[i] = labels[order[i]],
-//                or -1 if that is invalid; count[c] labels are c; start[c] is the sum of the counts before c; total is
-//                the sum of all counts.
+//   class_order  a stable counting sort
+//                order [P]       the positions of class 0 ascending, then those of class 1, and so on; last those of
+//                                invalid labels, which lie outside [0, C)
+//                sorted_labels   labels[order[i]], or -1 if that is invalid
+//                start, count    where the labels c begin in that order, and how many they are
+//                total           how many labels are valid
 //
 // No torch header: raw pointers and sizes.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
+#include "common/layout.h"
 
 namespace pixcontrast {
 
@@ -36,9 +32,6 @@ struct ClassOrder {
   int64_t *start, *count;  // [C]
   int64_t* total;          // [1]
 };
-
-void labels_at_cpu(const LabelsAt& args);
-void class_order_cpu(const ClassOrder& args);
 
 #ifdef PIXCONTRAST_WITH_CUDA
 // One launch.

@@ -12,9 +12,7 @@
 #include <algorithm>
 
 #include "class_order/class_order.h"
-#include "common/cuda/device.cuh"
 #include "common/cuda/warp.cuh"
-#include "common/layout.h"
 
 namespace pixcontrast {
 namespace cuda {
@@ -52,27 +50,6 @@ struct Plan {
 
   PIXCONTRAST_HOST_DEVICE int64_t total() const { return buckets * splits; }
 };
-
-// The sum of x over the threads before this one, and in `sum` over all. `warp_sums` has an element for each warp.
-template <int kBlockThreads>
-__device__ __forceinline__ int block_scan(int x, int* warp_sums, int* sum) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int inclusive = x;
-  CU_UNROLL for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += below;
-  }
-  if (lane == 31) warp_sums[warp] = inclusive;
-  __syncthreads();
-  int before = 0, all = 0;
-  for (int other = 0; other < kBlockThreads / 32; ++other) {
-    before += other < warp ? warp_sums[other] : 0;
-    all += warp_sums[other];
-  }
-  __syncthreads();
-  *sum = all;
-  return before + inclusive - x;
-}
 
 // The class tile of a block, and the counters of its warps.
 struct Tile {
@@ -146,9 +123,10 @@ __global__ void __launch_bounds__(kScanThreads) scan_chunks(const Plan plan) {
   int carry = 0;
   for (int64_t base = first; base < end; base += kScanThreads) {
     const int64_t i = base + threadIdx.x;
+    const int count = i < end ? plan.counts[i] : 0;
     int sum;
-    const int before = block_scan<kScanThreads>(i < end ? plan.counts[i] : 0, warp_sums, &sum);
-    if (i < end) plan.counts[i] = carry + before;
+    const int up_to_this = block_scan<kScanThreads / 32>(count, warp_sums, &sum);
+    if (i < end) plan.counts[i] = carry + up_to_this - count;
     carry += sum;
   }
   if (threadIdx.x == 0) plan.chunk_sums[blockIdx.x] = carry;
@@ -158,9 +136,8 @@ __global__ void __launch_bounds__(kThreads) place_rows(const ClassOrder args, co
   CU_SHARED(int, counters, [kTileClasses * kWarps]);
   CU_SHARED(int, chunk_start, [kMostChunks]);
   CU_SHARED(int, warp_sums, [kWarps]);
-  int sum;
-  chunk_start[threadIdx.x] =
-      block_scan<kThreads>(threadIdx.x < plan.chunks ? plan.chunk_sums[threadIdx.x] : 0, warp_sums, &sum);
+  const int of_chunk = threadIdx.x < plan.chunks ? plan.chunk_sums[threadIdx.x] : 0;
+  chunk_start[threadIdx.x] = block_scan<kWarps>(of_chunk, warp_sums) - of_chunk;
   __syncthreads();
   const auto position = [&](int64_t at) { return plan.counts[at] + chunk_start[at / plan.chunk]; };
   const Tile tile(plan, counters);
@@ -212,10 +189,8 @@ cudaError_t class_order_cuda(const ClassOrder& args, void* workspace, cudaStream
   Workspace arrays(workspace);
   const Plan plan(args, arrays);
   const dim3 grid(blocks_for(plan.buckets, kTileClasses), static_cast<unsigned>(plan.splits / kWarps));
-  cudaError_t status = cu_launch(count_rows, grid, dim3(kThreads), 0, stream, args, plan);
-  if (status != cudaSuccess) return status;
-  status = cu_launch(scan_chunks, dim3(static_cast<unsigned>(plan.chunks)), dim3(kScanThreads), 0, stream, plan);
-  if (status != cudaSuccess) return status;
+  CU_TRY(cu_launch(count_rows, grid, dim3(kThreads), 0, stream, args, plan));
+  CU_TRY(cu_launch(scan_chunks, dim3(static_cast<unsigned>(plan.chunks)), dim3(kScanThreads), 0, stream, plan));
   return cu_launch(place_rows, grid, dim3(kThreads), 0, stream, args, plan);
 }
 

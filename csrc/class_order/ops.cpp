@@ -3,12 +3,12 @@
 #include <vector>
 
 #include "class_order/class_order.h"
-#include "common/cpu/parallel.h"
 #include "common/tensor.h"
 
 namespace pixcontrast {
+namespace {
 
-void labels_at_cpu(const LabelsAt& args) {
+void run(const LabelsAt& args, const Cpu&) {
   std::vector<int64_t> column(args.width);
   for (int64_t x = 0; x < args.width; ++x) column[x] = x * args.full_width / args.width;
   cpu::Pieces(args.batch * args.height, 16, 64).run([&](int64_t, int64_t first, int64_t last) {
@@ -24,7 +24,7 @@ void labels_at_cpu(const LabelsAt& args) {
   });
 }
 
-void class_order_cpu(const ClassOrder& args) {
+void run(const ClassOrder& args, const Cpu&) {
   const int64_t buckets = args.classes + 1;  // the last one for invalid labels
   const auto bucket_of = [&](int64_t row) {
     const int64_t label = args.labels[row];
@@ -56,11 +56,6 @@ void class_order_cpu(const ClassOrder& args) {
     }
   });
 }
-
-namespace {
-
-void run(const LabelsAt& args, const Cpu&) { labels_at_cpu(args); }
-void run(const ClassOrder& args, const Cpu&) { class_order_cpu(args); }
 
 #ifdef PIXCONTRAST_WITH_CUDA
 void run(const LabelsAt& args, const Cuda& device) { C10_CUDA_CHECK(labels_at_cuda(args, device.stream)); }

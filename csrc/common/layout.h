@@ -2,8 +2,13 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
+
+#ifdef PIXCONTRAST_WITH_CUDA
+#include <cuda_runtime_api.h>  // types of launchers
+#endif
 
 #ifdef __CUDACC__
 #define PIXCONTRAST_HOST_DEVICE __host__ __device__ __forceinline__

@@ -8,7 +8,7 @@
 
 #include <optional>
 
-#include "common/cpu/kept_memory.h"
+#include "common/cpu/work.h"
 #include "common/layout.h"
 
 #ifdef PIXCONTRAST_WITH_CUDA

@@ -1,13 +1,11 @@
 // Rows are taken in the order of their pixels, so that each channel plane of a map is walked through once, front to
 // back, and a tile of maps passes through a buffer in the cache, because elements of a plane go to rows far apart. A
 // task has some of the pixels and some of the channels, and nothing in common with another one.
-#include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "common/cpu/work.h"
 #include "gather_pixels/gather_pixels.h"
 
 namespace pixcontrast {
@@ -112,9 +110,6 @@ void scatter_pixels_cpu(const GatherPixels<T>& args) {
 #define INSTANTIATE(T)                                     \
   template void gather_pixels_cpu(const GatherPixels<T>&); \
   template void scatter_pixels_cpu(const GatherPixels<T>&);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+CPU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

@@ -1,9 +1,8 @@
 // H100, 21125 rows x 256 to 256, 19 classes: 2.8 GFLOP, 184 x 2 blocks; in float32 50 us of FMA units. For the gradient
 // of the weight, 30 pieces of at most 2048 rows x 4 tiles, whose 8 MB of sums take 5 us.
-#include "common/cuda/device.cuh"
-#include "common/cuda/operands.cuh"
-#include "common/cuda/segments.cuh"
+#include "common/cuda/classes.cuh"
 #include "grouped_linear/grouped_linear.h"
+#include "grouped_linear/product.cuh"
 
 namespace pixcontrast {
 namespace cuda {
@@ -100,11 +99,10 @@ cudaError_t grouped_outer_cuda(const GroupedOuter<T>& args, bool tensor_cores, v
   float* const sums = static_cast<float*>(workspace);
   const dim3 grid(blocks_for(args.outputs, kTile) * blocks_for(args.dim, kTile),
                   static_cast<unsigned>(most_pieces(args.segments, kPieceRows)));
-  const cudaError_t status = with_product<T>(tensor_cores, [&](auto product) {
+  CU_TRY(with_product<T>(tensor_cores, [&](auto product) {
     return cu_launch(grouped_outer<decltype(product)>, grid, dim3(kThreads), kSharedBytes<T>, stream, args, sums,
                      aligned_rows(args.left, args.outputs), aligned_rows(args.right, args.dim));
-  });
-  if (status != cudaSuccess) return status;
+  }));
   const dim3 of_classes(blocks_for(elements, 256), static_cast<unsigned>(args.segments.classes));
   return cu_launch(add_pieces<T>, of_classes, dim3(256), 0, stream, args, sums);
 }
@@ -113,8 +111,6 @@ cudaError_t grouped_outer_cuda(const GroupedOuter<T>& args, bool tensor_cores, v
   template cudaError_t grouped_linear_cuda(const GroupedLinear<T>&, bool, cudaStream_t); \
   template size_t grouped_outer_cuda_workspace(const GroupedOuter<T>&);                  \
   template cudaError_t grouped_outer_cuda(const GroupedOuter<T>&, bool, void*, cudaStream_t);
-INSTANTIATE(float)
-INSTANTIATE(__nv_bfloat16)
-INSTANTIATE(__half)
+CU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

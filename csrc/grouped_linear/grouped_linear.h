@@ -3,13 +3,7 @@
 // gaps between segments. No torch header: raw pointers and sizes.
 #pragma once
 
-#include <cstddef>
-
 #include "common/layout.h"
-
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
 
 namespace pixcontrast {
 
@@ -32,11 +26,6 @@ struct GroupedOuter {
   const T* right;        // [P, D]
   T* result;             // [C, E, D]
 };
-
-template <class T>
-void grouped_linear_cpu(const GroupedLinear<T>& args);
-template <class T>
-void grouped_outer_cpu(const GroupedOuter<T>& args);
 
 #ifdef PIXCONTRAST_WITH_CUDA
 // For float, __nv_bfloat16 and __half. With tensor_cores, float is rounded to tf32; they need compute capability 8.0.

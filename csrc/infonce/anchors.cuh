@@ -24,11 +24,7 @@ __device__ __forceinline__ void list_tiles(const InfoNCEParams& params) {
       params.valid_keys[segment] = valid;
     }
     const int tiles = (valid + params.tile_keys - 1) / params.tile_keys;
-    int sum = tiles;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, sum, step);
-      if (lane >= step) sum += other;
-    }
+    const int sum = warp_scan(tiles);
     if (segment < params.segments) params.first_tile[segment] = before + sum - tiles;
     before += __shfl_sync(kAllLanes, sum, 31);
   }
@@ -195,24 +191,15 @@ __global__ void __launch_bounds__(256) merge_positives(const __grid_constant__ I
 __global__ void __launch_bounds__(1024) mean_loss(const __grid_constant__ InfoNCEParams params) {
   CU_SHARED(double, sums, [32]);
   CU_SHARED(int, counts, [32]);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   double sum = 0;
   int count = 0;
   for (int i = threadIdx.x; i < params.count; i += blockDim.x) {
     sum += static_cast<const float*>(params.anchor_loss)[i];
     count += params.positives[i] > 0;
   }
-  sum = warp_sum(sum);
-  count = warp_sum(count);
-  if (lane == 0) {
-    sums[warp] = sum;
-    counts[warp] = count;
-  }
-  __syncthreads();
-  if (warp > 0) return;
-  sum = warp_sum(sums[lane]);
-  count = warp_sum(counts[lane]);
-  if (lane > 0) return;
+  sum = block_sum<32>(sum, sums);
+  count = block_sum<32>(count, counts);
+  if (threadIdx.x > 0) return;
   const double scale = count > 0 ? params.loss_weight / params.base_temperature / count : 0;
   *static_cast<float*>(params.loss) = static_cast<float>(scale * params.temperature * sum);
   *params.grad_scale = static_cast<float>(scale);

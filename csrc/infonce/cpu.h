@@ -1,15 +1,10 @@
 // What the CPU forms of InfoNCE work on: anchors sorted by class, and tiles of keys.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "common/cpu/bf16.h"
-#include "common/cpu/kernels.h"
-#include "common/cpu/rows.h"
+#include "common/cpu/work.h"
 #include "infonce/infonce.h"
 
 namespace pixcontrast {
@@ -43,11 +38,9 @@ struct SortedAnchors {
   std::vector<int64_t> positives;     // [V] P_i
 };
 
-// Fill in loss, positives and grad.
+// Fills in loss, positives and grad (queue_cpu.cpp).
 template <class A>
 void contrast_queues(SortedAnchors<A>& anchors);
-template <class A>
-void contrast_each_other(SortedAnchors<A>& anchors);
 
 // body(T{}) with the type of the dtype
 template <class Body>

@@ -1,13 +1,15 @@
-// InfoNCE on the device, each stage a launch or two:
-//   sort, gather       anchors by class, the list of key tiles                              anchors.cuh
-//   negatives, merge   row_max, sum e^(z - row_max) and that of keys; then lse              forward.cuh, in exact
-//   float32, positives, merge   sums of the loss, of sigma(lse - z) and that of keys                 or forward_mma.cuh
+// InfoNCE on the device, each stage a launch or two. The passes over the keys (negatives, positives, pairs) are in
+// forward.cuh in exact float32 and in forward_mma.cuh on tensor cores, the other stages in anchors.cuh.
+//
+//   sort, gather       anchors by class, and the list of key tiles
+//   negatives, merge   row_max, sum e^(z - row_max) and sum e^(z - row_max) k; then lse
+//   positives, merge   sums of the loss, of sigma(lse - z) and of sigma(lse - z) k
 //   pairs              without queues: the gradient of both sides of every pair
-//   mean, scatter      the loss; the gradient, to the pixels of the anchors                 anchors.cuh
+//   mean, scatter      the loss, and the gradient at the pixels of the anchors
+//
 // A pass has as many splits of the keys as fill the device once and leave the workspace below kWorkspaceBytes.
 #include <algorithm>
 
-#include "common/cuda/device.cuh"
 #include "infonce/anchors.cuh"
 #include "infonce/forward_mma.cuh"
 
@@ -125,9 +127,6 @@ bool fits(const InfoNCE& args) {
   return keys < INT_MAX / 2 && args.layout.dim < INT_MAX;
 }
 
-#define TRY(call) \
-  if (const cudaError_t status = (call); status != cudaSuccess) return status
-
 }  // namespace
 
 size_t infonce_cuda_workspace(const InfoNCE& args, const InfoNCEDevice& device) {
@@ -141,8 +140,8 @@ cudaError_t infonce_cuda(const InfoNCE& args, const InfoNCEDevice& device, void*
   if (!fits(args)) return cudaErrorInvalidValue;
   const int64_t count = args.count, dim = args.layout.dim;
   if (args.grad_features) {
-    TRY(cudaMemsetAsync(args.grad_features, 0, args.layout.pixels * dim * (args.dtype == Dtype::kBFloat16 ? 2 : 4),
-                        stream));
+    CU_TRY(cudaMemsetAsync(args.grad_features, 0, args.layout.pixels * dim * (args.dtype == Dtype::kBFloat16 ? 2 : 4),
+                           stream));
   }
   if (count == 0) return cudaMemsetAsync(args.loss, 0, sizeof(float), stream);
 
@@ -155,8 +154,8 @@ cudaError_t infonce_cuda(const InfoNCE& args, const InfoNCEDevice& device, void*
     return cu_launch(plan.kernel.kernel[static_cast<int>(pass)], grid, dim3(plan.kernel.threads),
                      plan.kernel.shared_bytes, stream, params);
   };
-  TRY(cu_launch(sort_anchors, dim3(1 + warps.x), dim3(256), 0, stream, params));
-  TRY(with_dtype(args.dtype, [&](auto element) {
+  CU_TRY(cu_launch(sort_anchors, dim3(1 + warps.x), dim3(256), 0, stream, params));
+  CU_TRY(with_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
     const auto gather = plan.mma ? gather_anchors<T, T> : gather_anchors<T, float>;
     return cu_launch(gather, warps, dim3(256), 0, stream, params, plan.mma);
@@ -165,23 +164,23 @@ cudaError_t infonce_cuda(const InfoNCE& args, const InfoNCEDevice& device, void*
   // With queues the gradient comes out of the passes that give the loss.
   params.gradient = args.grad_features != nullptr && !params.each_other;
   params.splits = plan.splits;
-  TRY(forward(Pass::kNegatives));
-  TRY(cu_launch(merge_negatives, dim3(channels.x, params.gradient ? channels.y : 1), dim3(32 * kMergeWarps), 0, stream,
-                params));
+  CU_TRY(forward(Pass::kNegatives));
+  CU_TRY(cu_launch(merge_negatives, dim3(channels.x, params.gradient ? channels.y : 1), dim3(32 * kMergeWarps), 0,
+                   stream, params));
   float* const key_sums = params.key_sums;
   if (params.gradient) {
     params.key_sums += count * dim;
     params.splits = plan.all_splits - 1;
   }
-  TRY(forward(Pass::kPositives));
-  TRY(cu_launch(merge_positives, warps, dim3(256), 0, stream, params));
-  TRY(cu_launch(mean_loss, dim3(1), dim3(1024), 0, stream, params));
+  CU_TRY(forward(Pass::kPositives));
+  CU_TRY(cu_launch(merge_positives, warps, dim3(256), 0, stream, params));
+  CU_TRY(cu_launch(mean_loss, dim3(1), dim3(1024), 0, stream, params));
   if (!args.grad_features) return cudaSuccess;
 
   params.key_sums = key_sums;
   params.splits = params.each_other ? plan.splits : plan.all_splits;
   params.gradient = true;
-  if (params.each_other) TRY(forward(Pass::kPairs));
+  if (params.each_other) CU_TRY(forward(Pass::kPairs));
   return with_dtype(args.dtype, [&](auto element) {
     return cu_launch(scatter_gradient<decltype(element)>, channels, dim3(32 * kMergeWarps), 0, stream, params);
   });

@@ -14,7 +14,6 @@
 #include <climits>
 #include <cmath>
 
-#include "common/cuda/elements.cuh"
 #include "common/cuda/warp.cuh"
 #include "infonce/infonce.h"
 
@@ -111,18 +110,6 @@ __device__ __forceinline__ int2 tiles_of_split(const InfoNCEParams& params, int 
           static_cast<int>(first + (last - first) * (split + 1) / splits)};
 }
 
-// The sum or maximum over a group of neighbouring lanes.
-template <int kLanes>
-__device__ __forceinline__ float group_sum(float x) {
-  CU_UNROLL for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
-  return x;
-}
-template <int kLanes>
-__device__ __forceinline__ float group_max(float x) {
-  CU_UNROLL for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
-  return x;
-}
-
 // An anchor as one of kLanes neighbouring lanes sees it, each of which has kKeys keys of every tile.
 template <Pass kPass, int kLanes, int kKeys>
 class AnchorRow {
@@ -178,7 +165,7 @@ class AnchorRow {
   // The whole warp calls it.
   __device__ void store(const InfoNCEParams& params) const {
     if (kPass == Pass::kPairs) return;
-    const float sum = group_sum<kLanes>(sum_), loss = group_sum<kLanes>(loss_);
+    const float sum = warp_sum<kLanes>(sum_), loss = warp_sum<kLanes>(loss_);
     if (row_ < 0 || threadIdx.x % kLanes != 0) return;
     params.row_sums[blockIdx.y * params.count + row_] =
         kPass == Pass::kNegatives ? float2{row_max_, sum} : float2{sum, loss};
@@ -195,7 +182,7 @@ class AnchorRow {
   __device__ float online_softmax(const Z& z) {
     float row_max = row_max_;
     CU_UNROLL for (int i = 0; i < kKeys; ++i) row_max = fmaxf(row_max, z(i));
-    row_max = group_max<kLanes>(row_max);
+    row_max = warp_max<kLanes>(row_max);
     const float base = row_max == -INFINITY ? 0 : row_max, rescale = __expf(row_max_ - base);
     sum_ *= rescale;
     CU_UNROLL for (int i = 0; i < kKeys; ++i) sum_ += z(i) = __expf(z(i) - base);

@@ -102,10 +102,11 @@ struct WarpGemm {
   static __device__ __forceinline__ int channel(int n, int i) { return key(n, i); }
 };
 
-// float as tf32. What a product sums over may be counted in any order, and so may its rows and columns: so that every
-// lane reads 16 bytes at a time, index k = t and t + 4 of a fragment are neighbours (channels 4t.. of two fragments,
-// keys as the weights lie in registers) and column g of four fragments are channels 4g... The hardware drops the low
-// bits of keys; anchors come rounded, weights are rounded here.
+// float as tf32. There is no ldmatrix for 32-bit elements, so lanes load fragments themselves, and permute rows,
+// columns and depth of the products until a lane's elements are 16 neighbouring bytes: it takes depths t and t + 4 of
+// two fragments from channels 4t to 4t + 3 (gemm_qk), and column g of four fragments from channels 4g to 4g + 3
+// (gemm_pv). anchor(), key() and channel() undo the permutation. gather_anchors rounds anchors and gemm_pv rounds
+// weights to tf32; of keys the hardware ignores the low bits.
 template <int kDim>
 struct WarpGemm<float, kDim> {
   using Rows = SharedRows<float, kDim>;

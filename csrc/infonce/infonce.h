@@ -3,21 +3,15 @@
 // For anchor x_i of class y_i and keys k_j, z_ij = <x_i, k_j> / T:
 //   negatives: keys of other classes          lse_i = log sum_neg e^z
 //   positives: keys of y_i, P_i of them       l_ij  = log(e^z_ij + e^lse_i)
-//   loss_i = 1/P_i sum_pos (l_ij - z_ij)      loss  = loss_weight T / T_base * mean_i loss_i   over anchors with P_i >
-//   0
+//   loss_i = 1/P_i sum_pos (l_ij - z_ij)
+//   loss   = loss_weight T / T_base * mean_i loss_i    over anchors with P_i > 0
 // With s_ij = e^(lse_i - l_ij) = sigma(lse_i - z_ij) and e_in = e^(z_in - lse_i):
 //   dloss_i/dx_i = 1/(T P_i) * ( (sum_pos s_ij) sum_neg e_in k_n - sum_pos s_ij k_j )
 // Keys are the rows of queues [C, N, D] (constants), or, without a queue, the other anchors (gradient on both sides).
 // No torch header: raw pointers and sizes.
 #pragma once
 
-#include <cstddef>
-
 #include "common/layout.h"
-
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
 
 namespace pixcontrast {
 
@@ -48,8 +42,6 @@ struct InfoNCE {
   int64_t* positives;       // [R] P_i
   void* grad_features;      // like features, but float for half (see GradOf); or null: no gradient
 };
-
-void infonce_cpu(const InfoNCE& args);
 
 #ifdef PIXCONTRAST_WITH_CUDA
 struct InfoNCEDevice {

@@ -4,11 +4,9 @@
 //
 // Threads share nothing while they stream: tasks are blocks of anchors times splits of the keys, and the sums of the
 // splits are added in a fixed order.
-#include <ATen/Parallel.h>
 
 #include <cmath>
 
-#include "common/cpu/kernels.h"
 #include "infonce/cpu.h"
 
 namespace pixcontrast {

@@ -4,8 +4,6 @@
 // narrows the bits of the k-th key down by histograms of the next kDigit bits, from the first bit in which keys differ
 // on: two or three histograms for most scores, seven at most. All counting is in integers, so results do not depend on
 // the order of threads.
-#include "common/cuda/device.cuh"
-#include "common/cuda/elements.cuh"
 #include "common/cuda/warp.cuh"
 #include "memory_push/memory_push.h"
 
@@ -45,19 +43,6 @@ __device__ __forceinline__ void for_keys(const SegmentTopk<float>& args, int64_t
     }
     CU_UNROLL for (int i = 0; i < kKeysAtOnce; ++i) body(key[i]);
   }
-}
-
-// Sum of x over this thread and those before it, whose number is the block's.
-__device__ __forceinline__ unsigned sum_up_to_this(unsigned x, unsigned* warp_sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  CU_UNROLL for (int step = 1; step < 32; step *= 2) {
-    const unsigned before = __shfl_up_sync(kAllLanes, x, step);
-    x += lane >= step ? before : 0;
-  }
-  if (lane == 31) warp_sums[warp] = x;
-  __syncthreads();
-  for (int other = 0; other < warp; ++other) x += warp_sums[other];
-  return x;
 }
 
 // Grid: segments. chosen [S, k] is workspace.
@@ -115,7 +100,7 @@ __global__ void __launch_bounds__(kSelectThreads) segment_topk(const SegmentTopk
       });
       __syncthreads();
       const unsigned digit = kSelectThreads - 1 - thread, count = bins[digit];  // the highest digit first
-      const unsigned up_to_this = sum_up_to_this(count, warp_sums);
+      const unsigned up_to_this = block_scan<kSelectWarps>(count, warp_sums);
       if (up_to_this - count < left && left <= up_to_this) {
         found[0] = digit, found[1] = up_to_this - count, found[2] = count;
       }

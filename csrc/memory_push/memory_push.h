@@ -13,10 +13,6 @@
 
 #include "common/layout.h"
 
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
-
 namespace pixcontrast {
 
 constexpr int64_t kMostRows = int64_t{1} << 32;  // that segment_topk chooses from: a row has 32 bits of a sort key

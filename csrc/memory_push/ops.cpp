@@ -1,10 +1,8 @@
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "common/cpu/kernels.h"
 #include "common/tensor.h"
 #include "memory_push/memory_push.h"
 

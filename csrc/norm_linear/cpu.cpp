@@ -1,10 +1,6 @@
 // Sums are kept for blocks of rows and then added in order.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
-#include "common/cpu/kernels.h"
-#include "common/cpu/parallel.h"
-#include "common/cpu/rows.h"
+#include "common/cpu/work.h"
 #include "norm_linear/norm_linear.h"
 
 namespace pixcontrast {
@@ -210,9 +206,6 @@ void norm_backward_cpu(const NormLinear<T>& args) {
   template void norm_stats_cpu(const NormStats<T>&);    \
   template void norm_forward_cpu(const NormLinear<T>&); \
   template void norm_backward_cpu(const NormLinear<T>&);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+CPU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

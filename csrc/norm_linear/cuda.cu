@@ -3,9 +3,7 @@
 //
 // H100, 21125 rows x 256, float32: a matrix is 22 MB, 7 us. Statistics read one, forward reads one and writes one (for
 // one output a segment, nothing), backward reads two twice (one output: one twice) and writes one.
-#include "common/cuda/device.cuh"
-#include "common/cuda/rows.cuh"
-#include "common/cuda/segments.cuh"
+#include "common/cuda/classes.cuh"
 #include "norm_linear/norm_linear.h"
 
 namespace pixcontrast {
@@ -308,13 +306,12 @@ cudaError_t norm_stats_cuda(const NormStats<T>& args, void* workspace, cudaStrea
   using namespace cuda;
   float* const partial = static_cast<float*>(workspace);
   if (args.rows.width * args.rows.segments.classes == 0) return cudaSuccess;
-  if (args.training && args.rows.segments.rows > 0) {
-    const cudaError_t status = with_columns<T>(args.rows.width, {args.rows.hidden}, [&](auto columns) {
+  if (args.training) {
+    CU_TRY(with_columns<T>(args.rows.width, {args.rows.hidden}, [&](auto columns) {
       constexpr int W = decltype(columns)::value;
       return cu_launch(norm_stats_partial<T, W>, partial_grid(args.rows, W), dim3(32, kWarps), 0, stream, args,
                        partial);
-    });
-    if (status != cudaSuccess) return status;
+    }));
   }
   return cu_launch(norm_stats_finish<T>, finish_grid(args.rows), dim3(32, kWarps), 0, stream, args, partial);
 }
@@ -340,23 +337,15 @@ cudaError_t norm_backward_cuda(const NormLinear<T>& args, void* workspace, cudaS
   const std::initializer_list<const void*> pointers{
       args.rows.hidden, args.grad_activations, args.grad_hidden,      args.mean,           args.rstd,
       args.norm_weight, args.norm_bias,        args.grad_norm_weight, args.grad_norm_bias, args.weight};
-  const bool any = args.rows.segments.rows > 0;
   return with_columns<T>(args.rows.width, pointers, [&](auto columns) {
     constexpr int W = decltype(columns)::value;
     const auto partial_sums = args.weight ? norm_backward_partial<T, W, false> : norm_backward_partial<T, W, true>;
     const auto finish = args.weight ? norm_backward_finish<T, 3> : norm_backward_finish<T, 2>;
     const auto apply = args.weight ? norm_backward_apply<T, W, false> : norm_backward_apply<T, W, true>;
-    cudaError_t status = cudaSuccess;
-    if (any) {
-      status = cu_launch(partial_sums, partial_grid(args.rows, W), dim3(32, kWarps), 0, stream, args, partial);
-    }
-    if (status == cudaSuccess) {
-      status = cu_launch(finish, finish_grid(args.rows), dim3(32, kWarps), 0, stream, args, partial);
-    }
-    if (status == cudaSuccess && any) {
-      status = cu_launch(apply, row_grid(args.rows), dim3(32 * kWarps), 0, stream, args);
-    }
-    return status;
+    CU_TRY(cu_launch(partial_sums, partial_grid(args.rows, W), dim3(32, kWarps), 0, stream, args, partial));
+    CU_TRY(cu_launch(finish, finish_grid(args.rows), dim3(32, kWarps), 0, stream, args, partial));
+    if (args.rows.segments.rows == 0) return cudaSuccess;
+    return cu_launch(apply, row_grid(args.rows), dim3(32 * kWarps), 0, stream, args);
   });
 }
 
@@ -365,8 +354,6 @@ cudaError_t norm_backward_cuda(const NormLinear<T>& args, void* workspace, cudaS
   template cudaError_t norm_stats_cuda(const NormStats<T>&, void*, cudaStream_t); \
   template cudaError_t norm_forward_cuda(const NormLinear<T>&, cudaStream_t);     \
   template cudaError_t norm_backward_cuda(const NormLinear<T>&, void*, cudaStream_t);
-INSTANTIATE(float)
-INSTANTIATE(__nv_bfloat16)
-INSTANTIATE(__half)
+CU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

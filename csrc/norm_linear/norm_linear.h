@@ -17,14 +17,7 @@
 // No torch header: raw pointers and sizes. T is how hidden rows and activations are stored, Acc<T> everything else.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
-
 #include "common/layout.h"
-
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
 
 namespace pixcontrast {
 
@@ -61,17 +54,13 @@ struct NormStats {
     const Acc<T> bias = hidden_bias[i], n = static_cast<Acc<T>>(count);
     const Acc<T> old_mean = running_mean[i], old_var = running_var[i];
     mean[i] = own ? row_mean : old_mean - bias;
-    rstd[i] = Acc<T>(1) / sqrt_of((own ? variance : old_var) + eps);
+    rstd[i] = Acc<T>(1) / std::sqrt((own ? variance : old_var) + eps);
     if (e == 0) share[c] = own ? Acc<T>(1) / n : Acc<T>(0);
     if (!own) return;
     running_mean[i] = old_mean + momentum * (row_mean + bias - old_mean);
     running_var[i] = old_var + momentum * (variance * (n / (n - 1)) - old_var);
     if (i == 0 && batches) ++*batches;
   }
-
- private:
-  static PIXCONTRAST_HOST_DEVICE float sqrt_of(float x) { return sqrtf(x); }
-  static PIXCONTRAST_HOST_DEVICE double sqrt_of(double x) { return sqrt(x); }
 };
 
 template <class T>

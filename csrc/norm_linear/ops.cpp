@@ -88,20 +88,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_stats(const Tensor& hidden, const option
   return {mean, rstd, share};
 }
 
-// The inputs that forward and backward share.
+// The inputs that all four operators share, and the weight of one output a segment.
 struct Inputs {
   Rows rows;
-  Tensor mean, rstd, norm_weight, norm_bias;
+  Tensor mean, rstd, norm_weight, norm_bias, weight;
   double slope;
-
-  Inputs(const Rows& rows_, const Tensor& mean_, const Tensor& rstd_, const Tensor& norm_weight_,
-         const Tensor& norm_bias_, double slope)
-      : rows(rows_),
-        mean(rows.parameter(mean_, "mean")),
-        rstd(rows.parameter(rstd_, "rstd")),
-        norm_weight(rows.parameter(norm_weight_, "norm_weight")),
-        norm_bias(rows.parameter(norm_bias_, "norm_bias")),
-        slope(slope) {}
 
   template <class T>
   NormLinear<T> arguments() const {
@@ -112,101 +103,58 @@ struct Inputs {
     args.rstd = read<Acc<T>>(rstd);
     args.norm_weight = read<Acc<T>>(norm_weight);
     args.norm_bias = read<Acc<T>>(norm_bias);
+    args.weight = read<Acc<T>>(weight);
     return args;
   }
-
-  template <class Device>
-  Tensor activations() const {
-    const auto activations = empty_map(rows.hidden.sizes(), rows.hidden.options());
-    Device::dispatch(rows.hidden, "norm_linear", [&](auto element, const auto& device) {
-      using T = decltype(element);
-      auto args = arguments<T>();
-      args.activations = write<T>(activations);
-      run(args, device);
-    });
-    return activations;
-  }
 };
 
-// What backward returns for hidden rows and norm.
-struct Gradients {
-  Tensor hidden, norm_weight, norm_bias, hidden_bias;
-
-  explicit Gradients(const Inputs& inputs)
-      : hidden(empty_map(inputs.rows.hidden.sizes(), inputs.rows.hidden.options())),
-        norm_weight(at::empty_like(inputs.norm_weight)),
-        norm_bias(at::empty_like(inputs.norm_weight)),
-        hidden_bias(at::empty_like(inputs.norm_weight)) {}
-
-  template <class T>
-  void put(NormLinear<T>* args) const {
-    args->grad_hidden = write<T>(hidden);
-    args->grad_norm_weight = write<Acc<T>>(norm_weight);
-    args->grad_norm_bias = write<Acc<T>>(norm_bias);
-    args->grad_hidden_bias = write<Acc<T>>(hidden_bias);
+// `Dense`: weight [O, E] in the dtype of hidden, for a layer of all segments. Else weight [C, E] in the dtype of sums,
+// for one output a segment.
+template <bool Dense>
+Inputs checked_inputs(const Rows& rows, const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight,
+                      const Tensor& norm_bias, double slope, const Tensor& weight) {
+  if (Dense) {
+    TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [O, E], got ", weight.sizes());
+    checked(weight, "weight", {weight.size(0), rows.hidden.size(1)}, rows.hidden.scalar_type(), rows.hidden.device());
   }
-};
-
-// ---- a dense layer behind: weight [O, E] and bias [O] in the dtype of hidden
-
-void check_dense(const Rows& rows, const Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [O, E], got ", weight.sizes());
-  checked(weight, "weight", {weight.size(0), rows.hidden.size(1)}, rows.hidden.scalar_type(), rows.hidden.device());
+  return {rows,
+          rows.parameter(mean, "mean"),
+          rows.parameter(rstd, "rstd"),
+          rows.parameter(norm_weight, "norm_weight"),
+          rows.parameter(norm_bias, "norm_bias"),
+          Dense ? Tensor() : rows.parameter(weight, "weight"),
+          slope};
 }
 
 template <class Device>
-Tensor norm_linear(const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start,
-                   const Tensor& count, const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight,
-                   const Tensor& norm_bias, double slope, const Tensor& weight, const Tensor& bias) {
-  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
-  check_dense(inputs.rows, weight);
-  checked(bias, "bias", {weight.size(0)}, hidden.scalar_type(), hidden.device());
-  const auto out = empty_map({hidden.size(0), weight.size(0)}, hidden.options());
-  gemm<Device>(inputs.activations<Device>(), weight.t(), bias, out);
-  return out;
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
-    const Tensor& grad_out, const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start,
-    const Tensor& count, const Tensor& mean, const Tensor& rstd, const Tensor& share_, const Tensor& norm_weight,
-    const Tensor& norm_bias, double slope, const Tensor& weight) {
-  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
-  check_dense(inputs.rows, weight);
-  const auto grad =
-      checked(grad_out, "grad_out", {hidden.size(0), weight.size(0)}, hidden.scalar_type(), hidden.device());
-  const auto share = checked(share_, "share", count.sizes(), accumulation(hidden), hidden.device());
-  const auto grad_weight = at::empty(weight.sizes(), weight.options());
-  const auto grad_activations = empty_map(inputs.rows.hidden.sizes(), inputs.rows.hidden.options());
-  gemm<Device>(grad.t(), inputs.activations<Device>(), {}, grad_weight);
-  gemm<Device>(grad, weight, {}, grad_activations);
-  const Gradients grads(inputs);
-  Device::dispatch(hidden, "norm_linear_backward", [&](auto element, const auto& device) {
+Tensor activations(const Inputs& inputs) {
+  const auto result = empty_map(inputs.rows.hidden.sizes(), inputs.rows.hidden.options());
+  Device::dispatch(result, "norm_linear", [&](auto element, const auto& device) {
     using T = decltype(element);
     auto args = inputs.arguments<T>();
-    args.share = read<Acc<T>>(share);
-    args.grad_activations = read<T>(grad_activations);
-    grads.put(&args);
+    args.activations = write<T>(result);
     run(args, device);
   });
-  return {grads.hidden,      grads.norm_weight, grads.norm_bias,
-          grads.hidden_bias, grad_weight,       grad.sum(0, false, grad.scalar_type())};
+  return result;
 }
 
-// ---- one output a segment: weight [C, E] and bias [C] in the dtype of sums
-
-template <class Device>
-Tensor norm_dot(const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start, const Tensor& count,
-                const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight, const Tensor& norm_bias,
-                double slope, const Tensor& weight_, const Tensor& bias_) {
-  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
-  const auto weight = inputs.rows.parameter(weight_, "weight");
+template <class Device, bool Dense>
+Tensor forward(const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start, const Tensor& count,
+               const Tensor& mean, const Tensor& rstd, const Tensor& norm_weight, const Tensor& norm_bias, double slope,
+               const Tensor& weight, const Tensor& bias_) {
+  const Inputs inputs =
+      checked_inputs<Dense>({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope, weight);
+  if (Dense) {
+    checked(bias_, "bias", {weight.size(0)}, hidden.scalar_type(), hidden.device());
+    const auto out = empty_map({hidden.size(0), weight.size(0)}, hidden.options());
+    gemm<Device>(activations<Device>(inputs), weight.t(), bias_, out);
+    return out;
+  }
   const auto bias = checked(bias_, "bias", count.sizes(), accumulation(hidden), hidden.device());
   const auto out = at::empty({hidden.size(0)}, bias.options());
   Device::dispatch(hidden, "norm_dot", [&](auto element, const auto& device) {
     using T = decltype(element);
     auto args = inputs.arguments<T>();
-    args.weight = read<Acc<T>>(weight);
     args.bias = read<Acc<T>>(bias);
     args.out = write<Acc<T>>(out);
     run(args, device);
@@ -214,38 +162,55 @@ Tensor norm_dot(const Tensor& hidden, const optional<Tensor>& order, const optio
   return out;
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_dot_backward(
+template <class Device, bool Dense>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const Tensor& hidden, const optional<Tensor>& order, const optional<Tensor>& start,
     const Tensor& count, const Tensor& mean, const Tensor& rstd, const Tensor& share_, const Tensor& norm_weight,
-    const Tensor& norm_bias, double slope, const Tensor& weight_) {
-  const Inputs inputs({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope);
-  const auto weight = inputs.rows.parameter(weight_, "weight");
-  const auto grad = checked(grad_out, "grad_out", {hidden.size(0)}, accumulation(hidden), hidden.device());
+    const Tensor& norm_bias, double slope, const Tensor& weight) {
+  const Inputs inputs =
+      checked_inputs<Dense>({hidden, order, start, count}, mean, rstd, norm_weight, norm_bias, slope, weight);
   const auto share = checked(share_, "share", count.sizes(), accumulation(hidden), hidden.device());
-  const auto grad_weight = at::empty_like(weight), grad_bias = at::empty(count.sizes(), weight.options());
-  const Gradients grads(inputs);
-  Device::dispatch(hidden, "norm_dot_backward", [&](auto element, const auto& device) {
+  const auto grad_weight = at::empty(weight.sizes(), weight.options());
+  Tensor grad, grad_activations, grad_bias;
+  if (Dense) {
+    grad = checked(grad_out, "grad_out", {hidden.size(0), weight.size(0)}, hidden.scalar_type(), hidden.device());
+    grad_activations = empty_map(hidden.sizes(), inputs.rows.hidden.options());
+    gemm<Device>(grad.t(), activations<Device>(inputs), {}, grad_weight);
+    gemm<Device>(grad, weight, {}, grad_activations);
+    grad_bias = grad.sum(0, false, grad.scalar_type());
+  } else {
+    grad = checked(grad_out, "grad_out", {hidden.size(0)}, accumulation(hidden), hidden.device());
+    grad_bias = at::empty(count.sizes(), weight.options());
+  }
+  const auto grad_hidden = empty_map(hidden.sizes(), inputs.rows.hidden.options());
+  const auto grad_norm_weight = at::empty_like(inputs.norm_weight), grad_norm_bias = at::empty_like(grad_norm_weight);
+  const auto grad_hidden_bias = at::empty_like(grad_norm_weight);
+  Device::dispatch(hidden, Dense ? "norm_linear_backward" : "norm_dot_backward", [&](auto element, const auto& device) {
     using T = decltype(element);
     auto args = inputs.arguments<T>();
     args.share = read<Acc<T>>(share);
-    args.weight = read<Acc<T>>(weight);
-    args.grad_out = read<Acc<T>>(grad);
-    args.grad_weight = write<Acc<T>>(grad_weight);
-    args.grad_bias = write<Acc<T>>(grad_bias);
-    grads.put(&args);
+    args.grad_activations = read<T>(grad_activations);
+    args.grad_hidden = write<T>(grad_hidden);
+    args.grad_norm_weight = write<Acc<T>>(grad_norm_weight);
+    args.grad_norm_bias = write<Acc<T>>(grad_norm_bias);
+    args.grad_hidden_bias = write<Acc<T>>(grad_hidden_bias);
+    if (!Dense) {
+      args.grad_out = read<Acc<T>>(grad);
+      args.grad_weight = write<Acc<T>>(grad_weight);
+      args.grad_bias = write<Acc<T>>(grad_bias);
+    }
     run(args, device);
   });
-  return {grads.hidden, grads.norm_weight, grads.norm_bias, grads.hidden_bias, grad_weight, grad_bias};
+  return {grad_hidden, grad_norm_weight, grad_norm_bias, grad_hidden_bias, grad_weight, grad_bias};
 }
 
 template <class Device>
 void implement(torch::Library& library) {
   library.impl("norm_stats", &norm_stats<Device>);
-  library.impl("norm_linear", &norm_linear<Device>);
-  library.impl("norm_linear_backward", &norm_linear_backward<Device>);
-  library.impl("norm_dot", &norm_dot<Device>);
-  library.impl("norm_dot_backward", &norm_dot_backward<Device>);
+  library.impl("norm_linear", &forward<Device, true>);
+  library.impl("norm_linear_backward", &backward<Device, true>);
+  library.impl("norm_dot", &forward<Device, false>);
+  library.impl("norm_dot_backward", &backward<Device, false>);
 }
 
 }  // namespace

@@ -5,16 +5,12 @@
 //   dLoss/df_i = -s w_i (m_c - cos_i fh_i) / |f_i|
 //   dLoss/da_i =  s w_i (1 - sigma(a_i)) (S_c - cos_i)
 //   dLoss/dm_c = -s sum_i w_i fh_i
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <cmath>
 #include <memory>
 #include <vector>
 
-#include "common/cpu/kernels.h"
-#include "common/cpu/parallel.h"
-#include "common/cpu/rows.h"
+#include "common/cpu/work.h"
 #include "positive/positive.h"
 
 namespace pixcontrast {
@@ -281,9 +277,7 @@ void positive_cpu(const Positive<T>& args) {
   PositiveCpu<T>(args).run();
 }
 
-template void positive_cpu(const Positive<float>&);
-template void positive_cpu(const Positive<double>&);
-template void positive_cpu(const Positive<c10::BFloat16>&);
-template void positive_cpu(const Positive<c10::Half>&);
+#define INSTANTIATE(T) template void positive_cpu(const Positive<T>&);
+CPU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

@@ -3,13 +3,10 @@
 //   merge     the blocks' parts to one share for each class
 //   contrast  the one pass over the features, by rows or by maps: similarities, dLoss/df, parts of dLoss/dm
 //   finish    loss, dLoss/da, dLoss/dm
-// The formulas are those of positive_cpu.cpp.
+// The formulas are those of cpu.cpp.
 #include <algorithm>
 
-#include "common/cuda/device.cuh"
-#include "positive/maps.cuh"
-#include "positive/positive.h"
-#include "positive/rows.cuh"
+#include "positive/contrast.cuh"
 
 namespace pixcontrast {
 namespace cuda {
@@ -128,13 +125,8 @@ __device__ __forceinline__ void finish_loss(const Positive<T>& args, const Posit
     args.class_loss[c] = class_loss;
     loss += class_loss;
   }
-  loss = warp_sum(loss);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = loss;
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    loss = warp_sum(warp_sums[threadIdx.x]);
-    if (threadIdx.x == 0) *args.loss = static_cast<float>(loss * args.loss_weight / static_cast<double>(args.classes));
-  }
+  loss = block_sum<kFinishThreads / 32>(loss, warp_sums);
+  if (threadIdx.x == 0) *args.loss = static_cast<float>(loss * args.loss_weight / static_cast<double>(args.classes));
 }
 
 // dLoss/da = s w (1 - sigma(a)) (S - cos); the pass over the features left the cosines where the gradient goes.
@@ -252,13 +244,10 @@ cudaError_t positive_cuda(const Positive<T>& args, int sm_count, void* workspace
   const PositiveWork work = place_work(args, plan, space);
 
   const dim3 grid(static_cast<unsigned>(plan.weigh_blocks), blocks_for(args.classes, kClassTile));
-  auto status = cu_launch(weigh<T>, grid, dim3(kThreads), 0, stream, args, work, plan.weigh_chunk);
-  if (status != cudaSuccess) return status;
-  status = cu_launch(merge<T>, dim3(blocks_for(args.classes + 1, kWarps)), dim3(kThreads), 0, stream, args, work,
-                     plan.weigh_blocks);
-  if (status != cudaSuccess) return status;
-  status = launch_contrast(args, work, plan.blocks, stream);
-  if (status != cudaSuccess) return status;
+  CU_TRY(cu_launch(weigh<T>, grid, dim3(kThreads), 0, stream, args, work, plan.weigh_chunk));
+  const dim3 warps(blocks_for(args.classes + 1, kWarps));
+  CU_TRY(cu_launch(merge<T>, warps, dim3(kThreads), 0, stream, args, work, plan.weigh_blocks));
+  CU_TRY(launch_contrast(args, work, plan.blocks, stream));
   const unsigned mean_blocks = args.grad_mean ? blocks_for(args.classes * args.layout.dim, 32) : 0;
   const unsigned weight_blocks =
       args.grad_weight_logits ? std::min(blocks_for(args.layout.pixels, kFinishThreads), 2u * sm_count) : 0;
@@ -269,8 +258,6 @@ cudaError_t positive_cuda(const Positive<T>& args, int sm_count, void* workspace
 #define INSTANTIATE(T)                                              \
   template size_t positive_cuda_workspace(const Positive<T>&, int); \
   template cudaError_t positive_cuda(const Positive<T>&, int, void*, cudaStream_t);
-INSTANTIATE(float)
-INSTANTIATE(__nv_bfloat16)
-INSTANTIATE(__half)
+CU_FOR_DTYPES(INSTANTIATE)
 
 }  // namespace pixcontrast

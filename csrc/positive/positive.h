@@ -9,10 +9,6 @@
 
 #include "common/layout.h"
 
-#ifdef PIXCONTRAST_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
-
 namespace pixcontrast {
 
 constexpr int64_t kMinRows = 2;  // pixels, and memory rows, that a class needs to take part in the loss

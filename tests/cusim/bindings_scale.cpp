@@ -1,11 +1,18 @@
-// The kernel scale_ for the tests: `dtype` is 0 for float, 1 for bfloat16, 2 for half. Two tensors, `skipped` elements
-// into their memory.
+// The kernels of scale for the tests: `type` and `dtype` are 0 for float, 1 for bfloat16, 2 for half.
 #include "bindings.h"
-#include "common/cuda/device.cuh"
 #include "scale/scale.h"
 
 using namespace pixcontrast;
 
+extern "C" int64_t run_unit_rows(int64_t type, int64_t rows, int64_t dim, const void* from, void* to) {
+  return with_type(type, [&](auto one) {
+    using T = decltype(one);
+    return static_cast<int64_t>(
+        unit_rows_cuda(UnitRows<T>{rows, dim, static_cast<const T*>(from), static_cast<T*>(to)}, nullptr));
+  });
+}
+
+// Two tensors, `skipped` elements into the memory of the first.
 extern "C" int64_t run_scale(int64_t dtype, void* first, int64_t skipped, int64_t count, int64_t other_dtype,
                              void* second, int64_t other_count, const float* factor) {
   Scale args{};

@@ -25,8 +25,7 @@ def kernels() -> Iterator[Callable[..., Kernels]]:
 
     def find(*names: str) -> Kernels:
         if names not in compiled:
-            rooms = [(ROOT / "csrc" / name / "cuda.cu", ROOT / "csrc" / f"{name}.cu") for name in names]
-            sources = [room if room.exists() else flat for room, flat in rooms]
+            sources = [ROOT / "csrc" / name / "cuda.cu" for name in names]
             compiled[names] = Kernels(names[0], [*sources, BENCH / f"bindings_{names[0]}.cpp"])
         return compiled[names]
 

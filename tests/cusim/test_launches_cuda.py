@@ -75,11 +75,9 @@ def test_launches_are_those_that_are_counted(kernels: Callable[..., Kernels]) ->
     outer = (*where, 4, 8, result, rows, space, len(space), sums)
     assert of(room, lambda: room.run(PLAIN, "run_grouped_outer", *outer)) == [LAUNCHES["grouped_outer"]]
 
-    room = kernels("unit_rows")
+    room = kernels("scale")
     assert of(room, lambda: room.run(PLAIN, "run_unit_rows", 0, 15, 8, rows, torch.zeros(15, 8))) == [
         LAUNCHES["unit_rows"]
     ]
-
-    room = kernels("scale")
     values = (torch.ones(100), 0, 100, 0, torch.ones(7), 7, torch.tensor([2.0]))
     assert of(room, lambda: room.run(PLAIN, "run_scale", 0, *values)) == [LAUNCHES["scale_"]]

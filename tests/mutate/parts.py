@@ -17,8 +17,7 @@ ROOT = Path(__file__).parents[2]
 OPERATORS = ("class_order", "gather_pixels", "memory_push", "grouped_linear", "norm_linear", "positive", "infonce")
 ALSO = {
     "csrc/class_mean/": "positive loss",
-    "csrc/scale/": "loss_scaling",
-    "csrc/unit_rows/": "memory loss_scaling fuzz",
+    "csrc/scale/": "loss_scaling memory fuzz",
     "csrc/bindings.cpp": "env",
     "csrc/common/cpu/kept_memory": "kept_memory gather_pixels",
     "csrc/common/cpu/": "positive infonce norm_linear grouped_linear memory_push",
@@ -100,7 +99,6 @@ def emulated(path: Path) -> list[str]:
     rooms = [cuda.parent.name for cuda in sources("csrc/*/cuda.cu") if path in includes(cuda)]
     quick = [
         "scale",
-        "unit_rows",
         "memory_push",
         "grouped_linear",
         "class_order",

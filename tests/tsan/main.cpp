@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "class_mean/class_mean.h"
-#include "common/cpu/kept_memory.h"
+#include "common/cpu/work.h"
 #include "gather_pixels/gather_pixels.h"
 #include "positive/positive.h"
 

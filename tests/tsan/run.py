@@ -18,7 +18,7 @@ import torch
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "sanitize" / "thread"
 SOURCES = ("class_mean/cpu.cpp", "gather_pixels/cpu.cpp", "positive/cpu.cpp", "common/cpu/kernels.cpp",
-           "common/cpu/bf16.cpp", "common/cpu/kept_memory.cpp")  # fmt: skip
+           "common/cpu/kept_memory.cpp")  # fmt: skip
 
 
 def build() -> Path:

@@ -1,5 +1,3 @@
-#include "common/cpu/kept_memory.h"
-
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
@@ -8,6 +6,8 @@
 #include <deque>
 #include <mutex>
 #include <utility>
+
+#include "common/cpu/work.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

@@ -2,6 +2,8 @@
 // chosen when the program runs.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 #include <utility>
 
@@ -15,7 +17,7 @@ constexpr int64_t padded(int64_t columns) { return (columns + kColumnStep - 1) /
 
 // out [rows, columns] = or += left [rows, units] right [units, columns].
 //
-// A unit is an element, or a pair of bfloat16 (see bf16.h). Columns of right and out lie side by side, left lies in any
+// A unit is an element, or a pair of bfloat16 (see below). Columns of right and out lie side by side, left lies in any
 // order: so rows of keys can be the left operand, and the transpose of a result, neither of them rearranged.
 template <class Unit, class A>
 struct Product {
@@ -27,7 +29,7 @@ struct Product {
   A* out;
   int64_t out_row;
   bool add;
-  int64_t ahead = 0;  // elements from what is read of left to what is fetched into the cache meanwhile; 0: nothing
+  int64_t ahead = 0;  // prefetch distance in left, in units; 0: no prefetch
 };
 
 // Calls tile(first row, std::integral_constant<int, rows of the tile>) for tiles of much the same size, at most Most.
@@ -40,6 +42,28 @@ inline __attribute__((always_inline)) void for_row_tiles(int64_t rows, const Til
     (void)((count == Less + 1 && (tile(first, std::integral_constant<int, Less + 1>()), true)) || ...);
   }
 }
+
+// ---- bfloat16 in pairs, summed in float32, by the instruction vdpbf16ps; only where has_bf16() says so
+//
+// A pair is 32 bits, the first element below. The left operand of a product has neighbours of a row as pairs, as rows
+// lie in memory; the right one neighbours of a column, as pair_rows() makes them.
+
+// Whether the processor has the instruction, and PIXCONTRAST_CPU_CAPABILITY does not ask for less.
+bool has_bf16();
+
+void bf16_product(const Product<uint32_t, float>& args);
+
+// to [count] = elements, rounded to the nearest, ties to even; and the way back.
+void round(const float* elements, int64_t count, c10::BFloat16* to);
+void widen(const c10::BFloat16* elements, int64_t count, float* to);
+
+// to [ceil(count / 2), columns] = pairs of rows [count, columns] that follow each other, `stride` from row to row;
+// columns are a multiple of kColumnStep. The last row of an odd count has zeros beside it.
+void pair_rows(const c10::BFloat16* rows, int64_t stride, int64_t count, int64_t columns, uint32_t* to);
+
+// The same for rows [count, columns] of float32, which are rounded, in their own place: pairs lie `stride` from each
+// other, too. sum [columns], unless it is null, += the rounded elements.
+void round_to_pairs(float* rows, int64_t count, int64_t stride, int64_t columns, float* sum);
 
 // ---- one row of D channels
 

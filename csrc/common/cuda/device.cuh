@@ -12,7 +12,14 @@
 #include <mutex>
 #include <utility>
 
-// ---- on the host: a workspace in parts, numbers of blocks
+// ---- on the host: errors, dtypes, a workspace in parts, numbers of blocks
+
+// Ends a launcher with the error of the call, if it has one.
+#define CU_TRY(call) \
+  if (const cudaError_t status = (call); status != cudaSuccess) return status
+
+// INSTANTIATE(T) for the dtypes that kernels are compiled for.
+#define CU_FOR_DTYPES(INSTANTIATE) INSTANTIATE(float) INSTANTIATE(__nv_bfloat16) INSTANTIATE(__half)
 
 namespace pixcontrast::cuda {
 
@@ -38,7 +45,8 @@ class Workspace {
 // Blocks that take `size` items each.
 inline unsigned blocks_for(int64_t items, int64_t size) { return static_cast<unsigned>((items + size - 1) / size); }
 
-// What has to be set once for each kernel and device before a launch, because setting it costs more than a launch.
+// The most dynamic shared memory that each kernel has been allowed on each device: asking the driver again costs more
+// than a launch.
 class LargestSharedMemory {
  public:
   // Calls set() unless a call for this kernel and device succeeded before with as many bytes or more.

@@ -1,4 +1,4 @@
-// What csrc/cuda/device.cuh includes where there is no nvcc: the CUDA built-ins, for one CPU thread that runs all
+// What csrc/common/cuda/device.cuh includes where there is no nvcc: the CUDA built-ins, for one CPU thread that runs all
 // threads of a launch in turn.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The PTX instructions that csrc/cuda/device.cuh wraps: asynchronous copies and matrix operations.
+// The PTX instructions that csrc/common/cuda/device.cuh wraps: asynchronous copies and matrix operations.
 #pragma once
 
 #include <cstdint>
