@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import config_of, read_checkpoint
-from train.data.batches import whole_items
+from train.data.batches import loader_ended, whole_items
 from train.data.dataset import SegmentationDataset
 from train.data.datasets import open_dataset
 from train.distributed import gather, rank, sum_over_ranks, world_size
@@ -107,7 +107,8 @@ def evaluate_checkpoint(
         per_image: file for the scores of each image, as CSV.
 
     Raises:
-        UserError: an unreadable checkpoint or data set, data with other classes, or a file that cannot be written.
+        UserError: an unreadable checkpoint or data set, data with other classes, a file that cannot be written, or a
+            loader process that ended.
     """
     if workers < 0:
         raise UserError(f"--workers is {workers}: give 0 or more")
@@ -116,7 +117,12 @@ def evaluate_checkpoint(
     dataset = open_dataset(data.dataset, split, root or data.root, data.scale)
     check_classes(path, content, dataset)
     images: dict[str, dict[str, Scores]] | None = None if per_image is None else {}
-    scores = evaluate(learners, dataset, device, workers, images)
+    try:
+        scores = evaluate(learners, dataset, device, workers, images)
+    except (RuntimeError, EOFError, OSError) as error:
+        if ended := loader_ended(error, workers):
+            raise ended from None
+        raise
     if per_image is not None and rank() == 0:
         try:
             write_per_image(per_image, images or {}, dataset.classes)

@@ -19,6 +19,7 @@ from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import write_config
 from train.contrast import memory_fill
+from train.data.batches import loader_ended
 from train.distributed import any_rank, average_statistics, join, launcher, mean_over_ranks, rank, wait
 from train.errors import Interrupted, UserError, reason
 from train.evaluate import evaluate
@@ -61,15 +62,8 @@ def _about_processes(error: Exception, config: FitConfig) -> UserError | None:
     again = f"the same command goes on from the last checkpoint in {config.run.out}"
     if world_size() > 1 and ("peer" in str(error) or isinstance(error, torch.distributed.DistError)):
         return UserError(f"another process of this training ended ({reason(error)}): {again}")
-    # its connection breaks where it was killed while it sent a batch; a socket that is gone has no file name
-    gone = isinstance(error, EOFError | ConnectionError) or (
-        isinstance(error, FileNotFoundError) and not error.filename
-    )
-    if (gone and config.data.workers > 0) or "DataLoader worker" in str(error):
-        return UserError(
-            f"a loader process ended ({reason(error)}), perhaps for lack of memory: give fewer --workers than "
-            f"{config.data.workers}; {again}"
-        )
+    if ended := loader_ended(error, config.data.workers):
+        return UserError(f"{ended}; {again}")
     return None
 
 

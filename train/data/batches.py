@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from train.data.dataset import SegmentationDataset
-from train.errors import UserError
+from train.errors import UserError, reason
 
 Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W] uint8, labels [B, H, W] int64
 Sample = tuple[int, int]  # number of the sample in the stream, index of the item in the data set
@@ -126,6 +126,19 @@ def whole_items(dataset: SegmentationDataset, indices: Sequence[int], workers: i
         _Items(dataset), None, sampler=indices, collate_fn=_unchanged, **_processes(workers)
     )
     return _or_error(loader)
+
+
+def loader_ended(error: Exception, workers: int) -> UserError | None:
+    """The error of one line if ``error`` says that one of ``workers`` loader processes has ended; else None."""
+    # its connection breaks where it was killed while it sent a batch; a socket that is gone has no file name
+    gone = isinstance(error, EOFError | ConnectionError) or (
+        isinstance(error, FileNotFoundError) and not error.filename
+    )
+    if not (gone and workers > 0) and "DataLoader worker" not in str(error):
+        return None
+    return UserError(
+        f"a loader process ended ({reason(error)}), perhaps for lack of memory: give fewer --workers than {workers}"
+    )
 
 
 def _processes(workers: int) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-// What csrc/common/cuda/device.cuh includes where there is no nvcc: the CUDA built-ins, for one CPU thread that runs all
-// threads of a launch in turn.
+// What csrc/common/cuda/device.cuh includes where there is no nvcc: the CUDA built-ins, for one CPU thread that runs
+// all threads of a launch in turn.
 #pragma once
 
 // CUDA's own headers first: they have host versions of the vector types, half and bfloat16.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,15 @@ def test_images_without_labels_are_listed_last(tmp_path: Path):
     write_per_image(tmp_path / "images.csv", images, ("a",))
     lines = (tmp_path / "images.csv").read_text().splitlines()
     assert lines == ["image,mean student,a", "bad,10.0,10.0", "good,90.0,90.0", "empty,,"]
+
+
+def test_a_killed_loader_process_is_one_line(finished: FitConfig, monkeypatch: pytest.MonkeyPatch):
+    def kill_loader(*_: object) -> None:
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+        time.sleep(10)  # the loader's signal handler raises from here
+
+    others = set(multiprocessing.active_children())
+    monkeypatch.setattr("train.evaluate.predict", kill_loader)
+    message = error_of(lambda: evaluate_checkpoint(finished.run.out / "last.pt", workers=1))
+    assert message.startswith("a loader process ended") and "fewer --workers than 1" in message and "\n" not in message
