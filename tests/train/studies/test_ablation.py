@@ -44,6 +44,11 @@ def numbers(path: Path, wanted: str = "miou/student") -> dict[tuple[str, int], f
     return {(line["arm"], int(line["seed"])): float(line["iou"]) for line in lines}
 
 
+def test_warm_ups_of_a_short_training_are_parts_of_it():
+    method = short_recipe(300, 0).method
+    assert (method.ramp, method.memory_start, method.contrast_start) == (100, 50, 75)
+
+
 def test_runs_differ_in_the_arm_alone():
     config = AblationConfig(
         "camvid", Path("data"), labelled=(0.0625, 23), seeds=(3, 4), steps=60, arms=ARMS, infonce_weight=0.2
