@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 from typing import IO, NamedTuple
@@ -144,7 +145,11 @@ class _Process:
     def end(self) -> None:
         if self._process:
             assert self._process.stdin and self._process.stdout
-            self._process.stdin.close()  # the worker ends by itself, and a tool that runs it can sum up
+            with suppress(BrokenPipeError):  # it may have ended
+                # It ends by itself, so that a tool that runs it can sum up. A closed pipe would not tell it: processes
+                # that other tests have forked hold copies of its end.
+                pickle.dump(None, self._process.stdin)
+                self._process.stdin.close()
             try:
                 self._process.wait(timeout=60 if TOOL else 10)
             except subprocess.TimeoutExpired:

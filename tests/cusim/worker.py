@@ -2,7 +2,7 @@
 
 Usage: ``worker.py LIBRARY MARK``. It reads pickled ``(function, order, arguments)`` and answers with the mark and
 ``(status, what it means, arrays, launches)``. An argument is an integer, a float, None for a null pointer, or the bytes
-of an array, which the answer has as the kernel left them.
+of an array, which the answer has as the kernel left them. It ends at ``None`` or at the end of its input.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def serve(library: ctypes.CDLL, mark: bytes, requests: BinaryIO, answers: Binary
         try:
             request = pickle.load(requests)
         except EOFError:
+            return
+        if request is None:
             return
         answer = call(library, *request)
         answers.write(mark)
