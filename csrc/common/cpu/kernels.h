@@ -99,6 +99,8 @@ struct RowKernels {
   // out [D] = factor * s + shift + tilt * (x - centre)
   void (*leaky_backward)(const A* x, const Norm<A>& norm, const A* grad, bool dense, const A* factor, const A* shift,
                          const A* tilt, int64_t dim, A* out);
+  // to [columns, rows] = the transpose of from [rows, columns]; strides from row to row
+  void (*transpose)(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to, int64_t to_stride);
 };
 
 // ---- pairs of rows

@@ -45,6 +45,57 @@ PIXCONTRAST_INLINE A sum_of(typename Vector<A>::type v) {
   return part[0];
 }
 
+// Of all blocks of 2 H lanes, exchanges the second half in a with the first one in b.
+template <class A, int H, int... Lanes>
+PIXCONTRAST_INLINE void exchange(typename Vector<A>::type& a, typename Vector<A>::type& b,
+                                 std::integer_sequence<int, Lanes...>) {
+  const typename Vector<A>::type was = a;
+#ifdef __clang__
+  a = __builtin_shufflevector(was, b, (Lanes & H ? Vector<A>::lanes + Lanes - H : Lanes)...);
+  b = __builtin_shufflevector(was, b, (Lanes & H ? Vector<A>::lanes + Lanes : Lanes + H)...);
+#else
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Place __attribute__((vector_size(PIXCONTRAST_BYTES)));
+  a = __builtin_shuffle(was, b, Place{(Lanes & H ? Vector<A>::lanes + Lanes - H : Lanes)...});
+  b = __builtin_shuffle(was, b, Place{(Lanes & H ? Vector<A>::lanes + Lanes : Lanes + H)...});
+#endif
+}
+
+// In place, for blocks of 2 H rows and columns and those inside of them.
+template <class A, int H>
+PIXCONTRAST_INLINE void transpose_blocks(typename Vector<A>::type* rows) {
+  if constexpr (H > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vector<A>::lanes; ++i) {
+      if ((i & H) == 0) exchange<A, H>(rows[i], rows[i + H], std::make_integer_sequence<int, Vector<A>::lanes>());
+    }
+    transpose_blocks<A, H / 2>(rows);
+  }
+}
+
+template <class A>
+PIXCONTRAST_TARGET void transpose(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to,
+                                  int64_t to_stride) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  for (int64_t r = 0; r < rows; r += lanes) {
+    for (int64_t c = 0; c < columns; c += lanes) {
+      if (rows - r >= lanes && columns - c >= lanes) {
+        typename Vector<A>::type block[lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) block[i] = LOAD(from + (r + i) * from_stride + c);
+        transpose_blocks<A, lanes / 2>(block);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) STORE(to + (c + i) * to_stride + r, block[i]);
+        continue;
+      }
+      for (int64_t i = r; i < (rows - r < lanes ? rows : r + lanes); ++i) {
+        for (int64_t j = c; j < (columns - c < lanes ? columns : c + lanes); ++j) {
+          to[j * to_stride + i] = from[i * from_stride + j];
+        }
+      }
+    }
+  }
+}
+
 template <class A>
 PIXCONTRAST_TARGET void square_and_dot(const A* x, const A* y, int64_t dim, A* square, A* product) {
   using V = Vector<A>;
@@ -270,4 +321,4 @@ PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, const A*
 
 template <class A>
 const RowKernels<A> row_table = {square_and_dot<A>, combine<A>, accumulate<A>, add_unit_rows<A>, score<A>,
-                                 add_deviations<A>, leaky<A>,   leaky_dot<A>,  leaky_sums<A>,    leaky_backward<A>};
+                                 add_deviations<A>, leaky<A>,   leaky_dot<A>,  leaky_sums<A>,    leaky_backward<A>, transpose<A>};

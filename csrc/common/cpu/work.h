@@ -130,42 +130,43 @@ class RowBuffer {
   std::vector<A> buffer_;
 };
 
-// A few neighbouring pixels of a map [D, H*W] as rows. The stride between rows keeps them in different cache sets.
+// Neighbouring pixels of a map [D, H*W] as rows. The stride between rows keeps them in different cache sets.
 template <class T>
 class PixelTile {
  public:
   using A = Acc<T>;
-  static constexpr int64_t width = 16;
+  static constexpr int64_t width = 64;
 
-  explicit PixelTile(int64_t dim) : dim_(dim), stride_(dim + 16), buffer_(width * stride_) {}
+  explicit PixelTile(int64_t dim) : dim_(dim), stride_(dim + 16), rows_(width * stride_) {}
 
-  A* row(int64_t pixel) { return buffer_.data() + pixel * stride_; }
+  A* row(int64_t pixel) { return rows_.data() + pixel * stride_; }
 
   // map points at the tile's first pixel; map_pixels is the distance from one channel to the next.
   void read(const T* map, int64_t map_pixels, int64_t count) {
-    if (count == width) return copy_in(map, map_pixels, std::integral_constant<int64_t, width>());
-    copy_in(map, map_pixels, count);
+    if constexpr (std::is_same_v<T, A>) return kernels_.transpose(map, map_pixels, dim_, count, row(0), stride_);
+    for (int64_t d = 0; d < dim_; d += kChannels) {
+      const int64_t channels = std::min(kChannels, dim_ - d);
+      for (int64_t k = 0; k < channels; ++k) convert(map + (d + k) * map_pixels, count, planes_ + k * width);
+      kernels_.transpose(planes_, width, channels, count, row(0) + d, stride_);
+    }
   }
   template <class To>
   void write(To* map, int64_t map_pixels, int64_t count) {
-    if (count == width) return copy_out(map, map_pixels, std::integral_constant<int64_t, width>());
-    copy_out(map, map_pixels, count);
+    if constexpr (std::is_same_v<To, A>) return kernels_.transpose(row(0), stride_, count, dim_, map, map_pixels);
+    for (int64_t d = 0; d < dim_; d += kChannels) {
+      const int64_t channels = std::min(kChannels, dim_ - d);
+      kernels_.transpose(row(0) + d, stride_, count, channels, planes_, width);
+      for (int64_t k = 0; k < channels; ++k) convert(planes_ + k * width, count, map + (d + k) * map_pixels);
+    }
   }
 
  private:
-  template <class Count>
-  void copy_in(const T* map, int64_t map_pixels, Count count) {
-    for (int64_t d = 0; d < dim_; ++d)
-      for (int64_t p = 0; p < count; ++p) buffer_[p * stride_ + d] = static_cast<A>(map[d * map_pixels + p]);
-  }
-  template <class To, class Count>
-  void copy_out(To* map, int64_t map_pixels, Count count) {
-    for (int64_t d = 0; d < dim_; ++d)
-      for (int64_t p = 0; p < count; ++p) map[d * map_pixels + p] = static_cast<To>(buffer_[p * stride_ + d]);
-  }
+  static constexpr int64_t kChannels = 16;
 
+  const RowKernels<A>& kernels_ = row_kernels<A>();
   int64_t dim_, stride_;
-  std::vector<A> buffer_;
+  std::vector<A> rows_;
+  A planes_[kChannels * width];  // in the dtype of sums
 };
 
 // ---- memory for results of the size of feature maps, of which training asks for the same at every step
