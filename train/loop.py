@@ -8,6 +8,8 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -19,7 +21,7 @@ from train.checkpoint import read_checkpoint, save_checkpoint
 from train.config import FitConfig
 from train.config_file import write_config
 from train.contrast import memory_fill
-from train.data.batches import loader_ended
+from train.data.batches import Batch, loader_ended
 from train.distributed import any_rank, average_statistics, join, launcher, mean_over_ranks, rank, wait
 from train.errors import Interrupted, UserError, reason
 from train.evaluate import evaluate
@@ -80,15 +82,21 @@ def _fit(config: FitConfig) -> dict[str, Scores]:
             raise not_written(f"run folder {config.run.out}", error) from error
     wait()
     try:
-        with caught_interrupts() as interrupts:
-            return _loop(session, log, interrupts)
+        # after an error, loader processes end now, not when the last reference to its traceback goes
+        with caught_interrupts() as interrupts, closing(session.batches()) as batches:
+            return _loop(session, batches, log, interrupts)
     finally:
         if log is not None:
             log.close()
 
 
-def _loop(session: Session, log: MetricsLog | None, interrupts: list[int]) -> dict[str, Scores]:
-    training, classes, batches = session.training, session.validation.classes, session.batches()
+def _loop(
+    session: Session,
+    batches: Iterator[tuple[Batch, Batch | None]],
+    log: MetricsLog | None,
+    interrupts: list[int],
+) -> dict[str, Scores]:
+    training, classes = session.training, session.validation.classes
     run, steps, saved = training.config.run, training.config.optim.steps, training.step
     scores: dict[str, Scores] = {}
     selection = Selection(read_metrics(run.out), training.config.optim.restart_after * steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -194,7 +194,7 @@ class Session:
         """File of the state in which the student was best on the validation images."""
         return self.training.config.run.out / BEST_CHECKPOINT
 
-    def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
+    def batches(self) -> Generator[tuple[Batch, Batch | None], None, None]:
         """Endless labelled and unlabelled batches (this rank's part) on the device, from the current step on."""
         labelled = self._labelled_batches()
         if not self.training.config.method.uses_unlabelled:
