@@ -72,6 +72,7 @@ def _sampling(name: str, about: str, contrast: bool, **sizes: Any) -> Case:
 
 NAMED = [
     _positive("city", "21125 pixels x 256, 19 classes of 256 rows", **CITY),
+    _positive("city-maps", "the same as contiguous maps [5, 256, 65, 65]", maps=5, **CITY),
     _positive("city-paper", "the same, memory rows weighted too", weighted_rows=True, **CITY),
     _positive("large", "131072 pixels x 256, 19 classes of 2048 rows", pixels=131072, rows=2048),
     _selectors("selectors", "city from prediction rows on: class selectors, then the loss; float32"),

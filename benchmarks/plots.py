@@ -27,7 +27,8 @@ OTHER = "#b8a9c9"
 
 def draw(report: Report, folder: Path) -> list[Path]:
     """Write every picture that the report has data for."""
-    timed = [outcome for outcome in report.outcomes if any(row.ms for row in outcome.rows)]
+    # all are shown in relation to the first contender, which may be wrong or have failed
+    timed = [outcome for outcome in report.outcomes if any(row.ratio for row in outcome.rows)]
     steps = [outcome for outcome in timed if outcome.rest_ms]
     named = [outcome for outcome in timed if not outcome.sweep and not outcome.rest_ms]
     sweeps: dict[str, dict[str, list[Outcome]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,9 @@ from .problem import (
 
 @dataclass
 class Positive(SettledProblem):
-    """Rows of pixels and a full memory."""
+    """Pixels and a full memory."""
 
-    features: Tensor  # [P, D]
+    features: Tensor  # [P, D], or a map [B, D, h, w]
     labels: Tensor  # [P] int64, every one a class
     queue: Tensor  # [C, N, D], unit rows
     weight_logits: Tensor  # [P] logits
@@ -51,16 +52,28 @@ class Positive(SettledProblem):
         classes: int = 19,
         rows: int = 256,
         weighted_rows: bool = False,
+        maps: int = 0,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> Positive:
+        """Rows, or so many square maps."""
+        side = math.isqrt(pixels // max(maps, 1))
         return Positive(
-            normal(device, pixels, dim).to(dtype),
+            normal(device, *((maps, dim, side, side) if maps else (pixels, dim))).to(dtype),
             random_labels(device, classes, pixels),
             normalize(normal(device, classes, rows, dim, seed=1), dim=-1).to(dtype),
             normal(device, pixels, seed=2),
             normal(device, classes, rows, seed=3) if weighted_rows else None,
         )
+
+    @property
+    def rows(self) -> Tensor:
+        """``[P, D]``; of a map, a copy of it"""
+        return self.features if self.features.dim() == 2 else self.features.permute(0, 2, 3, 1).flatten(0, 2)
+
+    def in_place(self, values: Tensor) -> Tensor:
+        """``values [P]`` in the shape of the pixels."""
+        return values.view(self.features[:, 0].shape)
 
     def work(self) -> Work:
         rows, size = self.features.numel(), self.features.element_size()
@@ -84,12 +97,15 @@ def reference(problem: Positive) -> Tensor:
 
 
 def _pixcontrast(problem: Positive, backend: str) -> Tensor:
-    weight_logits, queue_weight_logits = problem.weight_logits, problem.queue_weight_logits
     return positive_contrast(
-        problem.features, problem.labels, problem.queue, weight_logits=weight_logits,
-        queue_weight_logits=queue_weight_logits, backend=backend,
+        problem.features,
+        problem.in_place(problem.labels),
+        problem.queue,
+        weight_logits=problem.in_place(problem.weight_logits),
+        queue_weight_logits=problem.queue_weight_logits,
+        backend=backend,
         ignore_index=-1,  # class 255 of a thousand is a class like any other
-    ).loss  # fmt: skip
+    ).loss
 
 
 def kept_means(problem: Positive) -> Step:
@@ -97,26 +113,25 @@ def kept_means(problem: Positive) -> Step:
     classes, rows = problem.queue.shape[:2]
     counts = torch.full((classes,), rows, device=problem.queue.device)
     mean = memory_mean(problem.queue, counts)
+    labels, logits = problem.in_place(problem.labels), problem.in_place(problem.weight_logits)
 
     def step() -> Results:
         loss, _, _, _, features, weight_logits, _ = torch.ops.pixcontrast.positive(
-            problem.features, problem.labels, problem.weight_logits, mean, counts, 1.0, -1, True, True, False
+            problem.features, labels, logits, mean, counts, 1.0, -1, True, True, False
         )
-        return {"loss": loss, "features": features, "weight_logits": weight_logits}
+        return {"loss": loss, "features": features, "weight_logits": weight_logits.flatten()}
 
     return step
 
 
 def all_pairs(problem: Positive) -> Tensor:
     """The formula as it stands: for each class a masked copy of its rows, and all pairs of rows and memory."""
-    classes = problem.queue.shape[0]
-    loss = problem.features.new_zeros(())
+    classes, rows = problem.queue.shape[0], problem.rows
+    loss = rows.new_zeros(())
     for c in range(classes):
         mask = problem.labels == c
         queue_weight_logits = None if problem.queue_weight_logits is None else problem.queue_weight_logits[c]
-        loss = loss + class_pairs(
-            problem.features[mask], problem.queue[c], problem.weight_logits[mask], queue_weight_logits
-        )
+        loss = loss + class_pairs(rows[mask], problem.queue[c], problem.weight_logits[mask], queue_weight_logits)
     return loss / classes
 
 
@@ -169,9 +184,7 @@ class OneHot(torch.autograd.Function):
 
 def one_hot(problem: Positive) -> Tensor:
     """The best eager PyTorch known."""
-    return OneHot.apply(
-        problem.features, problem.labels, problem.queue, problem.weight_logits, problem.queue_weight_logits
-    )
+    return OneHot.apply(problem.rows, problem.labels, problem.queue, problem.weight_logits, problem.queue_weight_logits)
 
 
 def _index_add(features: Tensor, labels: Tensor, queue: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
@@ -187,7 +200,7 @@ def _index_add(features: Tensor, labels: Tensor, queue: Tensor, a: Tensor, b: Te
 def compiled(problem: Positive) -> Step:
     """The factorised form written for the compiler, under ``torch.compile``."""
     loss = torch.compile(_index_add, dynamic=False)
-    return forward_and_backward(lambda p: loss(p.features, p.labels, p.queue, p.weight_logits, p.queue_weight_logits))(
+    return forward_and_backward(lambda p: loss(p.rows, p.labels, p.queue, p.weight_logits, p.queue_weight_logits))(
         problem
     )
 

@@ -102,7 +102,7 @@ def positive_step(folder: Path, problem: Positive) -> Callable[[Positive], Tenso
         return problem.weight_logits[problem.labels == c]
 
     model = _Model(given, lambda rows, c: rows.new_zeros(len(rows)))
-    return lambda p: function(model, p.features, p.labels, len(memory), memory)
+    return lambda p: function(model, p.rows, p.labels, len(memory), memory)
 
 
 def selectors_step(folder: Path, problem: Selectors) -> Callable[[Selectors], Tensor]:

@@ -92,6 +92,7 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on() -> None:
     outcome = run({"failing": failing, "pixcontrast": positive.CONTENDERS["pixcontrast"]})
     failed, right = outcome.rows
     assert failed.status == "failed" and failed.note == "RuntimeError: no kernel here"
+    assert draw(Report({}, [outcome]), Path()) == []  # nothing to show the others in relation to
     assert right.status == "ok" and right.ms is not None and right.ratio is None
     assert "failed, not timed: RuntimeError: no kernel here" in markdown(Report({}, [outcome]))
 
