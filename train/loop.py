@@ -54,19 +54,20 @@ def fit(config: FitConfig) -> dict[str, Scores]:
         with locked(config.run.out):
             return _fit(config)
     except (RuntimeError, EOFError, OSError) as error:
-        if reported := _about_processes(error, config):
-            raise reported from None
+        _explain_ended_process(error, config)
         raise
 
 
-def _about_processes(error: Exception, config: FitConfig) -> UserError | None:
-    """The error of one line if another process of this training, or one that loads images, has ended."""
+def _explain_ended_process(error: Exception, config: FitConfig) -> None:
+    """Raise an error of one line if another process of this training, or one that loads images, has ended.
+
+    Where no variable holds that error, it goes, and loader processes with it, as soon as it is handled.
+    """
     again = f"the same command goes on from the last checkpoint in {config.run.out}"
     if world_size() > 1 and ("peer" in str(error) or isinstance(error, torch.distributed.DistError)):
-        return UserError(f"another process of this training ended ({reason(error)}): {again}")
+        raise UserError(f"another process of this training ended ({reason(error)}): {again}") from None
     if ended := loader_ended(error, config.data.workers):
-        return UserError(f"{ended}; {again}")
-    return None
+        raise UserError(f"{ended}; {again}") from None
 
 
 def _fit(config: FitConfig) -> dict[str, Scores]:
