@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pixcontrast import PixelContrastLoss
+from pixcontrast.functional import gather_pixels
 from pixcontrast.select import hard_anchors, labels_at
 
 from .problem import (
@@ -145,7 +146,7 @@ def pixcontrast(backend: str) -> Contender:
             problem.cells, problem.predict,
             max_samples=problem.max_samples, max_views=problem.max_views, ignore_index=-1,
         )  # fmt: skip
-        return problem.loss_of(gather(problem.features, anchors.indices.clamp_min(0)), anchors.labels)
+        return problem.loss_of(gather_pixels(problem.features, anchors.indices, backend), anchors.labels)
 
     return forward_and_backward(loss)
 

@@ -46,7 +46,7 @@ class MLPHead(nn.Module):
         assert bn.running_mean is not None and bn.running_var is not None and bn.momentum is not None
         statistics = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
         norm = Norm(bn.weight, bn.bias, *statistics, bn.training, bn.momentum, bn.eps)
-        hidden = pixel_linear(in_autocast(features), in_autocast(self.first.weight))
+        hidden = pixel_linear(in_autocast(features), in_autocast(self.first.weight), self.backend)
         if segments is None:
             order, total = None, torch.full((1,), len(hidden), dtype=torch.int64, device=hidden.device)
         else:

@@ -86,6 +86,14 @@ def test_no_more_is_kept_than_was_once_in_use() -> None:
     assert {grad.data_ptr() for grad in again} == places
 
 
+def test_batches_of_two_sizes_share_their_memory() -> None:
+    place = gradient("positive", 50_000).data_ptr()
+    for rows in (40_000, 50_000, 34_000, 50_000):  # 50,000 is at most half as much again
+        assert gradient("positive", rows).data_ptr() == place
+    held = gradient("positive", 20_000)
+    assert held.data_ptr() != place  # of a block that is much too large
+
+
 FORK = """
 import os, sys, traceback, torch
 from pixcontrast.functional import positive_contrast

@@ -230,7 +230,7 @@ struct Cuda {
   TORCH_LIBRARY_IMPL(pixcontrast, CPU, library) { implement<Cpu>(library); }
 #endif
 
-// out [n, m] = a [n, k] b [k, m] (+ bias [m]) by the library.
+// out [n, m] = a [n, k] b [k, m] (+ bias [m]), or batches of such products without bias, by the library.
 template <class Device>
 void gemm(Tensor a, Tensor b, Tensor bias, Tensor out) {
   const c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset);
@@ -241,7 +241,11 @@ void gemm(Tensor a, Tensor b, Tensor bias, Tensor out) {
     a = a.to(at::kFloat), b = b.to(at::kFloat), bias = bias.defined() ? bias.to(at::kFloat) : bias;
     out = at::empty(out.sizes(), a.options());
   }
-  bias.defined() ? at::addmm_out(out, bias, a, b) : at::mm_out(out, a, b);
+  if (bias.defined()) {
+    at::addmm_out(out, bias, a, b);
+  } else {
+    a.dim() == 3 ? at::bmm_out(out, a, b) : at::mm_out(out, a, b);
+  }
   if (widen) result.copy_(out);
 }
 

@@ -198,8 +198,19 @@ Tensor grouped_outer(const Tensor& left_, const Tensor& right_, const optional<T
   return result;
 }
 
+// a [.., n, k] b [.., k, m] by the library, the result in memory that is kept.
+template <class Device>
+Tensor matmul(const Tensor& a, const Tensor& b) {
+  auto sizes = a.sizes().vec();
+  sizes.back() = b.size(-1);
+  const auto result = empty_map(sizes, a.options());
+  gemm<Device>(a, b, {}, result);
+  return result;
+}
+
 template <class Device>
 void implement(torch::Library& library) {
+  library.impl("matmul", &matmul<Device>);
   library.impl("grouped_linear", &grouped_linear<Device>);
   library.impl("grouped_outer", &grouped_outer<Device>);
 }
@@ -207,6 +218,7 @@ void implement(torch::Library& library) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pixcontrast, library) {
+  library.def("matmul(Tensor a, Tensor b) -> Tensor");
   library.def("grouped_linear(Tensor rows, Tensor? start, Tensor count, Tensor weight) -> Tensor");
   library.def("grouped_outer(Tensor left, Tensor right, Tensor? start, Tensor count) -> Tensor");
 }

@@ -69,10 +69,10 @@ class PositiveCpu {
     std::vector<A> largest(args_.weight_logits ? elements : 0, -INFINITY);
     std::vector<double> total(elements);
     pieces_.run([&](int64_t piece, int64_t begin, int64_t end) {
-      unknown[piece] = classify(begin, end, pixels.data() + piece * classes_);
+      unknown[piece] = classify(begin, end, pixels.data() + piece * classes_, largest.data() + piece * classes_);
       if (!args_.weight_logits) return;
       kernels_.score(args_.weight_logits + begin, nullptr, end - begin, score_.data() + begin);
-      sum_scores(begin, end, total.data() + piece * classes_, largest.data() + piece * classes_);
+      sum_scores(begin, end, total.data() + piece * classes_);
     });
     *args_.unknown = 0;
     std::vector<A> shift(classes_);
@@ -94,7 +94,7 @@ class PositiveCpu {
         std::vector<A> shift_of(end - begin);
         for (int64_t i = begin; i < end; ++i) shift_of[i - begin] = class_[i] >= 0 ? shift[class_[i]] : A(0);
         kernels_.score(args_.weight_logits + begin, shift_of.data(), end - begin, score_.data() + begin);
-        sum_scores(begin, end, total.data() + piece * classes_, largest.data() + piece * classes_);
+        sum_scores(begin, end, total.data() + piece * classes_);
       });
     }
     for (int64_t c = 0; c < classes_; ++c) {
@@ -107,8 +107,9 @@ class PositiveCpu {
 
   // The loops over labels copy what they need: the compiler cannot know that writing a result changes no member.
 
-  int64_t classify(int64_t begin, int64_t end, int64_t* pixels) {
+  int64_t classify(int64_t begin, int64_t end, int64_t* pixels, A* largest) {
     const int64_t* const labels = args_.labels;
+    const A* const logits = args_.weight_logits;
     const int64_t classes = classes_, ignored = args_.ignore_index;
     int32_t* const class_of = class_.data();
     int64_t wrong = 0;
@@ -117,19 +118,18 @@ class PositiveCpu {
       const bool known = static_cast<uint64_t>(c) < static_cast<uint64_t>(classes) && c != ignored;
       class_of[i] = known ? static_cast<int32_t>(c) : -1;
       wrong += !known && c != ignored;
-      if (known) ++pixels[c];
+      if (!known) continue;
+      ++pixels[c];
+      if (logits) largest[c] = std::max(largest[c], logits[i]);
     }
     return wrong;
   }
 
-  void sum_scores(int64_t begin, int64_t end, double* total, A* largest) {
+  void sum_scores(int64_t begin, int64_t end, double* total) {
     const int32_t* const class_of = class_.data();
-    const A *const score = score_.data(), *const weights = args_.weight_logits;
+    const A* const score = score_.data();
     for (int64_t i = begin; i < end; ++i) {
-      const int32_t c = class_of[i];
-      if (c < 0) continue;
-      total[c] += score[i];
-      largest[c] = std::max(largest[c], weights[i]);
+      if (class_of[i] >= 0) total[class_of[i]] += score[i];
     }
   }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -32,12 +33,12 @@ class KeptMemory : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kLeastBytes) return system()->allocate(bytes);
-    auto memory = take(bytes);
-    if (!memory) {
-      memory = system()->allocate(bytes);
-      use_large_pages(memory.get(), bytes);
+    auto block = std::make_unique<Block>(take(bytes));
+    if (!block->memory) {
+      block->memory = system()->allocate(bytes);
+      use_large_pages(block->memory.get(), bytes);
     }
-    auto* const lent = new Block{std::move(memory), bytes};
+    auto* const lent = block.release();
     return {lent->memory.get(), lent, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -75,23 +76,28 @@ class KeptMemory : public c10::Allocator {
     delete block;
   }
 
-  // A kept block of that size, or an empty pointer; then the oldest blocks have made room for a new one.
-  c10::DataPtr take(size_t bytes) {
+  // The smallest kept block that is large enough and at most half as large again: so batches of two sizes, taking
+  // turns, do not drive out each other's blocks. Or one without memory; then the oldest blocks have made room for it.
+  Block take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(lock_);
-    used_bytes_ += bytes;
-    most_bytes_ = std::max(most_bytes_, used_bytes_);
-    const auto found = std::find_if(kept_.begin(), kept_.end(), [&](const Block& b) { return b.bytes == bytes; });
-    if (found != kept_.end()) {
-      auto memory = std::move(found->memory);
-      kept_.erase(found);
-      kept_bytes_ -= bytes;
-      return memory;
+    auto best = kept_.end();
+    for (auto block = kept_.begin(); block != kept_.end(); ++block) {
+      const bool fits = bytes <= block->bytes && block->bytes <= bytes + bytes / 2;
+      if (fits && (best == kept_.end() || block->bytes < best->bytes)) best = block;
     }
+    Block taken{{}, bytes};
+    if (best != kept_.end()) {
+      taken = std::move(*best);
+      kept_.erase(best);
+      kept_bytes_ -= taken.bytes;
+    }
+    used_bytes_ += taken.bytes;
+    most_bytes_ = std::max(most_bytes_, used_bytes_);
     while (used_bytes_ + kept_bytes_ > most_bytes_) {
       kept_bytes_ -= kept_.front().bytes;
       kept_.pop_front();
     }
-    return {};
+    return taken;
   }
 
   std::mutex lock_;

@@ -320,5 +320,6 @@ PIXCONTRAST_TARGET void leaky_backward(const A* x, const Norm<A>& norm, const A*
 }
 
 template <class A>
-const RowKernels<A> row_table = {square_and_dot<A>, combine<A>, accumulate<A>, add_unit_rows<A>, score<A>,
-                                 add_deviations<A>, leaky<A>,   leaky_dot<A>,  leaky_sums<A>,    leaky_backward<A>, transpose<A>};
+const RowKernels<A> row_table = {square_and_dot<A>, combine<A>,        accumulate<A>, add_unit_rows<A>,
+                                 score<A>,          add_deviations<A>, leaky<A>,      leaky_dot<A>,
+                                 leaky_sums<A>,     leaky_backward<A>, transpose<A>};

@@ -175,7 +175,8 @@ class PixelTile {
 // top of the heap), and the next step takes fresh ones, page by page, each filled with zeros first: for a gradient of
 // 134 MB that took longer than computing it.
 
-// Allocates like PyTorch, but keeps large blocks that are freed and gives them to the next that wants as many bytes.
+// Allocates like PyTorch, but keeps large blocks that are freed and gives them to the next that wants about as many
+// bytes.
 // What is kept and what is in use is together never more than was once in use.
 c10::Allocator* kept_memory();
 
