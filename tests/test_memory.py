@@ -298,7 +298,7 @@ def _gather_worker(rank: int, world: int, store: str, results: str) -> None:
 
 def test_gather_gives_every_rank_the_same_rows_in_rank_order(tmp_path) -> None:
     arguments = (2, str(tmp_path / "store"), str(tmp_path))
-    torch.multiprocessing.start_processes(_gather_worker, arguments, nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(_gather_worker, arguments, nprocs=2, start_method="forkserver")
     expected = ClassMemory(3, 4, 2)
     generators = [torch.Generator().manual_seed(rank) for rank in range(2)]
     for step in range(3):

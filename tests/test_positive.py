@@ -106,6 +106,21 @@ def test_many_pieces_agree_with_the_reference(shape: tuple[int, ...]) -> None:
     assert max(relative_errors(results, expected).values()) < 1e-12
 
 
+@pytest.mark.parametrize("dim", [1, 7, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_planes_give_the_bits_of_rows(dtype: torch.dtype, dim: int) -> None:
+    """Images of 207 pixels: three tiles of 64, and 15 that are less than a vector."""
+    torch.manual_seed(0)
+    planes, queue = torch.randn(2, dim, 9, 23).to(dtype), torch.randn(3, 4, dim).to(dtype)
+    labels = torch.randint(-1, 3, (2, 9, 23))
+    rows = planes.permute(0, 2, 3, 1).flatten(0, 2).requires_grad_()
+    planes.requires_grad_()
+    for features, classes in ((planes, labels), (rows, labels.flatten())):
+        positive_contrast(features, classes, queue, ignore_index=-1).loss.backward()
+    assert planes.grad is not None and rows.grad is not None
+    assert torch.equal(planes.grad.permute(0, 2, 3, 1).flatten(0, 2), rows.grad)
+
+
 @pytest.mark.parametrize("dim", [256, 250])  # rows of 1000 bytes begin at any multiple of 8
 def test_streamed_stores_agree_with_the_reference(dim: int) -> None:
     case = large_case(shape=(17000,), dim=dim)  # 17 MB of gradient: past the caches

@@ -35,6 +35,7 @@ BEYOND = {
     "common": {
         "kMostRows kFactors kColumnStep": "tests/test_infonce.py::test_many_tiles_agree_with_the_reference",
         "kLeastBytes kPage": "tests/test_kept_memory.py::test_no_more_is_kept_than_was_once_in_use",
+        "kChannels": "tests/test_positive.py::test_planes_give_the_bits_of_rows",
         "kColumns kLaneElements kRows": CUSIM.format("positive") + "test_rows",
         "kPack kSlots kWidth": LAYOUT,
         "kAllLanes kLeastKey": MEANING,
