@@ -213,25 +213,21 @@ def norm_linear(
     shape = (len(count), hidden.shape[1])
     norm_weight, norm_bias, hidden_bias = (t.view(shape) for t in (norm.weight, norm.bias, hidden_bias))
     running_mean, running_var = norm.running_mean.view(shape), norm.running_var.view(shape)
-
-    def of_rows(values: Tensor) -> Tensor:  # values[index], whose backward takes ten times as long on CPUs
-        return values.index_select(0, index)
-
     device = "cpu" if hidden.is_meta else hidden.device.type  # autocast does not know meta tensors
     with torch.autocast(device, enabled=False):
         zeros = x.new_zeros(shape)
         mean = zeros.index_add(0, index, x) / n.clamp_min(1)
-        centred = torch.where(valid[:, None], x - of_rows(mean), 0)
+        centred = torch.where(valid[:, None], x - mean[index], 0)
         variance = zeros.index_add(0, index, centred.square()) / n.clamp_min(1)
         own = (n >= 2) & torch.tensor(norm.training, device=n.device)
         centre = torch.where(own, mean, running_mean - hidden_bias)
         scale = torch.rsqrt(torch.where(own, variance, running_var.clone()) + norm.eps) * norm_weight
-        y = (x - of_rows(centre)) * of_rows(scale) + of_rows(norm_bias)
+        y = (x - centre[index]) * scale[index] + norm_bias[index]
         activations = torch.where(valid[:, None], leaky_relu(y, slope), 0).to(hidden.dtype)
         if dense:
             out = linear(activations, weight, bias)
         else:
-            out = torch.where(valid, (activations.to(dtype) * of_rows(weight)).sum(1) + bias[index], 0)
+            out = torch.where(valid, (activations.to(dtype) * weight[index]).sum(1) + bias[index], 0)
     with torch.no_grad():
         rate = norm.momentum * own.to(dtype)
         running_mean.add_(rate * (mean + hidden_bias - running_mean))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pixcontrast.functional import gather_pixels, infonce_contrast, positive_contrast
 from pixcontrast.ops import release_memory
+from pixcontrast.ops.pixel_linear import pixel_linear
 from pixcontrast.select import Anchors
 
 
@@ -31,6 +32,8 @@ def loss_of(operator: str, features: Tensor) -> Tensor:
     labels = torch.arange(rows) % 4  # class 3 has no memory
     if operator == "positive":
         return positive_contrast(features, labels, torch.ones(4, 3, 256).tril(), ignore_index=0).loss
+    if operator == "pixel_linear":
+        return pixel_linear(features, torch.ones(4, 256)).sum()
     some = torch.arange(0, rows, 100)
     if operator == "infonce":
         return infonce_contrast(features, Anchors(some, labels[some])).loss
@@ -65,8 +68,9 @@ def test_a_gradient_in_use_is_not_given_away() -> None:
     assert one.data_ptr() != other.data_ptr()
 
 
-def test_kept_memory_goes_back_to_the_system_when_asked() -> None:
-    kept = [gradient("positive", 100_000) for _ in range(3)]  # 98 MiB each
+@pytest.mark.parametrize("operator", ["positive", "pixel_linear"])
+def test_kept_memory_goes_back_to_the_system_when_asked(operator: str) -> None:
+    kept = [gradient(operator, 100_000) for _ in range(3)]  # 98 MiB each
     kept.clear()
     before = resident_mib()
     release_memory()
@@ -88,10 +92,10 @@ def test_no_more_is_kept_than_was_once_in_use() -> None:
 
 def test_batches_of_two_sizes_share_their_memory() -> None:
     place = gradient("positive", 50_000).data_ptr()
-    for rows in (40_000, 50_000, 34_000, 50_000):  # 50,000 is at most half as much again
+    for rows in (40_000, 50_000, 34_000, 50_000):  # the block is at most half as large again
         assert gradient("positive", rows).data_ptr() == place
     held = gradient("positive", 20_000)
-    assert held.data_ptr() != place  # of a block that is much too large
+    assert held.data_ptr() != place  # the block is much too large
 
 
 FORK = """

@@ -61,7 +61,8 @@ def fit(config: FitConfig) -> dict[str, Scores]:
 def _explain_ended_process(error: Exception, config: FitConfig) -> None:
     """Raise an error of one line if another process of this training, or one that loads images, has ended.
 
-    Where no variable holds that error, it goes, and loader processes with it, as soon as it is handled.
+    It is raised here and not returned, because a variable of :func:`fit` would keep it alive, with its traceback the
+    data loaders, and so their processes.
     """
     again = f"the same command goes on from the last checkpoint in {config.run.out}"
     if world_size() > 1 and ("peer" in str(error) or isinstance(error, torch.distributed.DistError)):

@@ -77,7 +77,8 @@ class KeptMemory : public c10::Allocator {
   }
 
   // The smallest kept block that is large enough and at most half as large again: so batches of two sizes, taking
-  // turns, do not drive out each other's blocks. Or one without memory; then the oldest blocks have made room for it.
+  // turns, do not drive out each other's blocks. If there is none, a block without memory, for which the oldest ones
+  // have made room.
   Block take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(lock_);
     auto best = kept_.end();

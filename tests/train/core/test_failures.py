@@ -314,6 +314,7 @@ def test_loader_process_killed_while_it_sends_a_batch_is_one_line(
         fit(tiny)  # without loader processes, it is something else
     config = replace(tiny, data=replace(tiny.data, workers=1))
     assert "a loader process ended" in error_of(lambda: fit(config))
+    assert not active_children()  # both loaders have ended with the loop
 
 
 # ---- output that nobody reads
